@@ -1,0 +1,64 @@
+// Package api is what the host and the guest of one virtual machine share: the
+// vmrt.agent.v1 protocol, the vsock ports, and the guest's folders.
+//
+// The host never sends a host path to the guest, and the guest's answers are
+// untrusted: every limit in this package is enforced by the reader.
+package api
+
+import (
+	"fmt"
+	"path"
+	"regexp"
+)
+
+// ProtocolVersion is raised with every change that an older peer would
+// misunderstand. Shim and agent must agree on it exactly.
+const ProtocolVersion = 1
+
+// Vsock ports that the agent listens on. The host dials both.
+const (
+	// PortRPC serves ttrpc: vmrt.agent.v1 and containerd.task.v3.
+	PortRPC = 1024
+	// PortStream takes one connection for each stream; each starts with a
+	// stream header (see StreamHeader).
+	PortStream = 1025
+)
+
+// HostPort is the vsock port on the host that the agent dials with Hello when
+// the kernel command line names no other by CmdlinePort.
+const HostPort = 1024
+
+// CmdlinePort is the kernel command line key for the host's port.
+const CmdlinePort = "vmrt.port"
+
+// MaxHello bounds the length of an encoded Hello or Welcome.
+const MaxHello = 64 << 10
+
+// The guest's folders.
+const (
+	// GuestRun is a tmpfs that holds everything of the agent.
+	GuestRun = "/run/vmrt"
+	// GuestShare is where the host's shared folder is mounted.
+	GuestShare = GuestRun + "/share"
+	// GuestBundles holds one OCI bundle for each container.
+	GuestBundles = GuestRun + "/bundles"
+	// ShareTag is the virtio-fs tag of the shared folder.
+	ShareTag = "vmrt"
+	// Runtime is the OCI runtime's path in the initramfs.
+	Runtime = "/bin/crun"
+)
+
+// identifier is containerd's rule for container and exec ids
+// (pkg/identifiers): it keeps an id usable as one path element.
+var identifier = regexp.MustCompile(`^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$`)
+
+// BundlePath returns the guest's bundle folder of a container.
+func BundlePath(id string) string { return path.Join(GuestBundles, id) }
+
+// CheckID returns an error unless id is a valid container id.
+func CheckID(id string) error {
+	if len(id) > 76 || !identifier.MatchString(id) {
+		return fmt.Errorf("id %q: want at most 76 letters, digits, '.', '_' and '-'", id)
+	}
+	return nil
+}

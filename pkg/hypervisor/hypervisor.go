@@ -1,0 +1,135 @@
+// Package hypervisor says what a virtual machine is to the rest of the host
+// side: Spec describes one as plain data, VM is a running one. A backend
+// (pkg/hypervisor/qemu) turns the first into the second.
+//
+// The package knows nothing of containers. A Spec is validated once, by
+// Validate, and never changed after; a VM's methods may be called from any
+// goroutine. Nothing here promises that a guest is well-behaved or answers.
+package hypervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+)
+
+// Accelerator is what executes guest instructions.
+type Accelerator string
+
+// The accelerators. Auto is a wish only: Probe turns it into one of the others.
+const (
+	Auto Accelerator = "auto"
+	KVM  Accelerator = "kvm"
+	TCG  Accelerator = "tcg"
+)
+
+// Spec is everything that is fixed when a virtual machine starts.
+type Spec struct {
+	// Name appears in the process list and in errors.
+	Name string
+	// Accelerator is KVM or TCG.
+	Accelerator Accelerator
+	// CPUs is the number of virtual CPUs, 1 to 64.
+	CPUs int
+	// MemoryMiB is the guest's memory, at least 64.
+	MemoryMiB int
+	// Kernel and Initrd are paths of files that the VMM reads.
+	Kernel, Initrd string
+	// Cmdline holds kernel arguments beyond those that the backend adds for
+	// its own devices.
+	Cmdline []string
+	// Vsock is the guest's vsock device.
+	Vsock Vsock
+	// Shares are virtio-fs devices.
+	Shares []Share
+	// NICs are network interfaces, in the order in which the guest sees them.
+	NICs []NIC
+}
+
+// Vsock is a virtio-vsock device. Exactly one of VhostFD and Backend is set;
+// both stay the caller's to close once Launch has returned.
+type Vsock struct {
+	// CID is the guest's context id, at least 3.
+	CID uint32
+	// VhostFD is an open /dev/vhost-vsock: the kernel serves the device.
+	VhostFD *os.File
+	// Backend is a connected unix socket that speaks vhost-user: the caller
+	// serves the device.
+	Backend *os.File
+}
+
+// Share is a virtio-fs device.
+type Share struct {
+	// Tag names the file system to the guest.
+	Tag string
+	// Socket is connected to a virtiofsd. The caller closes it once Launch
+	// has returned.
+	Socket *os.File
+}
+
+// NIC is a virtio-net device on a tap.
+type NIC struct {
+	// MAC is the guest's hardware address: "02:00:00:00:00:01".
+	MAC string
+	// Tap holds one open tap descriptor for each queue; VhostNet, when not
+	// empty, one open /dev/vhost-net for each. The caller closes them once
+	// Launch has returned.
+	Tap, VhostNet []*os.File
+}
+
+// SharedMemory reports whether the spec has a device served by another
+// process, which must map the guest's memory.
+func (s *Spec) SharedMemory() bool { return s.Vsock.Backend != nil || len(s.Shares) > 0 }
+
+// Validate returns the first thing that no backend can run.
+func (s *Spec) Validate() error {
+	switch {
+	case s.Name == "":
+		return errors.New("vm spec: no name")
+	case s.Accelerator != KVM && s.Accelerator != TCG:
+		return fmt.Errorf("vm spec: accelerator %q: want %q or %q", s.Accelerator, KVM, TCG)
+	case s.CPUs < 1 || s.CPUs > 64:
+		return fmt.Errorf("vm spec: %d CPUs: want 1 to 64", s.CPUs)
+	case s.MemoryMiB < 64:
+		return fmt.Errorf("vm spec: %d MiB of memory: want at least 64", s.MemoryMiB)
+	case s.Kernel == "" || s.Initrd == "":
+		return errors.New("vm spec: no kernel or no initrd")
+	case s.Vsock.CID < 3 || s.Vsock.CID == 1<<32-1:
+		return fmt.Errorf("vm spec: vsock CID %d is reserved", s.Vsock.CID)
+	case (s.Vsock.VhostFD == nil) == (s.Vsock.Backend == nil):
+		return errors.New("vm spec: want either a vhost descriptor or a vhost-user backend for vsock")
+	}
+	for _, sh := range s.Shares {
+		if sh.Tag == "" || len(sh.Tag) > 36 || sh.Socket == nil {
+			return fmt.Errorf("vm spec: share %q: want a tag of 1 to 36 bytes and a socket", sh.Tag)
+		}
+	}
+	for i, n := range s.NICs {
+		if n.MAC == "" || len(n.Tap) == 0 {
+			return fmt.Errorf("vm spec: interface %d: want a MAC and a tap", i)
+		}
+	}
+	return nil
+}
+
+// StartFunc starts a prepared command, as (*exec.Cmd).Start does. The caller
+// of a backend decides with it in which namespaces, cgroup and under which
+// parent thread the VMM runs. It may add to cmd.SysProcAttr.
+type StartFunc func(cmd *exec.Cmd) error
+
+// VM is a virtual machine whose VMM process was started.
+type VM interface {
+	// Pid returns the VMM's host pid. After Done it may belong to another
+	// process.
+	Pid() int
+	// Done is closed when the VMM process has ended and was reaped.
+	Done() <-chan struct{}
+	// Err says why the VMM ended, with the end of its stderr. Nil before
+	// Done and after an end that Kill or Shutdown asked for.
+	Err() error
+	// Kill ends the VMM at once and waits for its end, or for ctx.
+	// Idempotent; nil once the process is gone.
+	Kill(ctx context.Context) error
+}
