@@ -218,8 +218,13 @@ func (*Empty) Descriptor() ([]byte, []int) {
 
 type ClockRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// step_ns is added to the guest's clock first. 0: only read.
-	StepNs        int64 `protobuf:"varint,1,opt,name=step_ns,json=stepNs,proto3" json:"step_ns,omitempty"`
+	// step_ns is added to the guest's clock first. 0: no step. A negative one
+	// sets the clock back, which processes can see: slew small offsets.
+	StepNs int64 `protobuf:"varint,1,opt,name=step_ns,json=stepNs,proto3" json:"step_ns,omitempty"`
+	// slew_ns is made up for gradually, at 0.5 ms a second, without the clock
+	// ever going backwards. It replaces what is left of an earlier slew. At
+	// most one second either way. 0: no change.
+	SlewNs        int64 `protobuf:"varint,2,opt,name=slew_ns,json=slewNs,proto3" json:"slew_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -257,6 +262,13 @@ func (*ClockRequest) Descriptor() ([]byte, []int) {
 func (x *ClockRequest) GetStepNs() int64 {
 	if x != nil {
 		return x.StepNs
+	}
+	return 0
+}
+
+func (x *ClockRequest) GetSlewNs() int64 {
+	if x != nil {
+		return x.SlewNs
 	}
 	return 0
 }
@@ -729,10 +741,12 @@ func (x *OnlineCPUsRequest) GetCount() uint32 {
 
 // Event is one of containerd's task events with guest pids in it.
 type Event struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Topic         string                 `protobuf:"bytes,1,opt,name=topic,proto3" json:"topic,omitempty"`
-	Event         *anypb.Any             `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
-	Time          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Topic string                 `protobuf:"bytes,1,opt,name=topic,proto3" json:"topic,omitempty"`
+	Event *anypb.Any             `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	// seq counts from 1 without gaps.
+	Seq           uint64 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -788,6 +802,13 @@ func (x *Event) GetTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Event) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
 var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
@@ -803,9 +824,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
 	"\x04seed\x18\x03 \x01(\fR\x04seed\x12\x1a\n" +
 	"\bhostname\x18\x04 \x01(\tR\bhostname\"\a\n" +
-	"\x05Empty\"'\n" +
+	"\x05Empty\"@\n" +
 	"\fClockRequest\x12\x17\n" +
-	"\astep_ns\x18\x01 \x01(\x03R\x06stepNs\"?\n" +
+	"\astep_ns\x18\x01 \x01(\x03R\x06stepNs\x12\x17\n" +
+	"\aslew_ns\x18\x02 \x01(\x03R\x06slewNs\"?\n" +
 	"\rClockResponse\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"i\n" +
 	"\tMountSpec\x12\x12\n" +
@@ -831,11 +853,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fDevicesResponse\x12/\n" +
 	"\adevices\x18\x01 \x03(\v2\x15.vmrt.agent.v1.DeviceR\adevices\")\n" +
 	"\x11OnlineCPUsRequest\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\rR\x05count\"y\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"\x8b\x01\n" +
 	"\x05Event\x12\x14\n" +
 	"\x05topic\x18\x01 \x01(\tR\x05topic\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05event\x12.\n" +
-	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time2\xd0\x04\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xd0\x04\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Clock\x12\x1b.vmrt.agent.v1.ClockRequest\x1a\x1c.vmrt.agent.v1.ClockResponse\x12:\n" +
 	"\x05Mount\x12\x1b.vmrt.agent.v1.MountRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +

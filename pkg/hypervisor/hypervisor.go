@@ -11,19 +11,28 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
+	"unicode"
 )
 
 // Accelerator is what executes guest instructions.
 type Accelerator string
 
-// The accelerators. Auto is a wish only: Probe turns it into one of the others.
+// The accelerators. Auto is a wish only: accel.Choose turns it into one of the
+// others.
 const (
 	Auto Accelerator = "auto"
 	KVM  Accelerator = "kvm"
 	TCG  Accelerator = "tcg"
 )
+
+// DefaultCacheDir is where facts about the host, which cost something to find
+// out, are kept until it reboots.
+const DefaultCacheDir = "/run/vmrt"
 
 // Spec is everything that is fixed when a virtual machine starts.
 type Spec struct {
@@ -83,11 +92,15 @@ type NIC struct {
 // process, which must map the guest's memory.
 func (s *Spec) SharedMemory() bool { return s.Vsock.Backend != nil || len(s.Shares) > 0 }
 
+// ErrGuestStopped is matched by VM.Err when the guest itself ended the virtual
+// machine in an orderly way: it powered off, reset or panicked.
+var ErrGuestStopped = errors.New("the guest stopped")
+
 // Validate returns the first thing that no backend can run.
 func (s *Spec) Validate() error {
 	switch {
-	case s.Name == "":
-		return errors.New("vm spec: no name")
+	case s.Name == "" || hasControl(s.Name):
+		return fmt.Errorf("vm spec: name %q: want printable characters", s.Name)
 	case s.Accelerator != KVM && s.Accelerator != TCG:
 		return fmt.Errorf("vm spec: accelerator %q: want %q or %q", s.Accelerator, KVM, TCG)
 	case s.CPUs < 1 || s.CPUs > 64:
@@ -101,17 +114,48 @@ func (s *Spec) Validate() error {
 	case (s.Vsock.VhostFD == nil) == (s.Vsock.Backend == nil):
 		return errors.New("vm spec: want either a vhost descriptor or a vhost-user backend for vsock")
 	}
-	for _, sh := range s.Shares {
-		if sh.Tag == "" || len(sh.Tag) > 36 || sh.Socket == nil {
-			return fmt.Errorf("vm spec: share %q: want a tag of 1 to 36 bytes and a socket", sh.Tag)
+	for _, arg := range s.Cmdline {
+		if arg == "" || hasControl(arg) {
+			return fmt.Errorf("vm spec: kernel argument %q: want printable characters", arg)
 		}
 	}
-	for i, n := range s.NICs {
-		if n.MAC == "" || len(n.Tap) == 0 {
-			return fmt.Errorf("vm spec: interface %d: want a MAC and a tap", i)
+	tags := make(map[string]bool)
+	for _, sh := range s.Shares {
+		if sh.Tag == "" || len(sh.Tag) > 36 || hasControl(sh.Tag) || sh.Socket == nil {
+			return fmt.Errorf("vm spec: share %q: want a tag of 1 to 36 bytes and a socket", sh.Tag)
+		}
+		if tags[sh.Tag] {
+			return fmt.Errorf("vm spec: share %q: the tag is used twice", sh.Tag)
+		}
+		tags[sh.Tag] = true
+	}
+	for i := range s.NICs {
+		if err := s.NICs[i].validate(); err != nil {
+			return fmt.Errorf("vm spec: interface %d: %w", i, err)
 		}
 	}
 	return nil
+}
+
+func (n *NIC) validate() error {
+	mac, err := net.ParseMAC(n.MAC)
+	switch {
+	case err != nil || len(mac) != 6:
+		return fmt.Errorf("MAC %q: want six octets", n.MAC)
+	case mac[0]&1 != 0:
+		return fmt.Errorf("MAC %s is a group address", n.MAC)
+	case len(n.Tap) == 0 || slices.Contains(n.Tap, nil):
+		return errors.New("no tap descriptor")
+	case len(n.VhostNet) != 0 && (len(n.VhostNet) != len(n.Tap) || slices.Contains(n.VhostNet, nil)):
+		return fmt.Errorf("%d vhost-net descriptors for %d queues", len(n.VhostNet), len(n.Tap))
+	}
+	return nil
+}
+
+// hasControl reports whether s holds a character that could end a line or an
+// argument where a backend writes s.
+func hasControl(s string) bool {
+	return strings.ContainsFunc(s, unicode.IsControl)
 }
 
 // StartFunc starts a prepared command, as (*exec.Cmd).Start does. The caller
@@ -126,8 +170,10 @@ type VM interface {
 	Pid() int
 	// Done is closed when the VMM process has ended and was reaped.
 	Done() <-chan struct{}
-	// Err says why the VMM ended, with the end of its stderr. Nil before
-	// Done and after an end that Kill or Shutdown asked for.
+	// Err says why the VMM ended, with the end of its stderr and of the
+	// guest's console. Nil before Done and after an end that Kill asked for;
+	// ErrGuestStopped is in it when the guest ended the machine itself, which
+	// is no fault when it was asked to.
 	Err() error
 	// Kill ends the VMM at once and waits for its end, or for ctx.
 	// Idempotent; nil once the process is gone.

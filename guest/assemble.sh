@@ -1,0 +1,27 @@
+#!/bin/bash
+# assemble.sh AGENT VERSION OUT: makes the guest files below OUT from the agent
+# program: OUT/stock always, OUT/tuned if the tuned kernel was built before.
+. "$(dirname "$0")/lib.sh"
+
+main() {
+	local agent=$1 version=$2 out=$3 crun kernel
+	crun=$("$GUEST/crun.sh")
+	mkdir -p "$out"
+	(cd "$GUEST/.." && go build -o "$CACHE/mkguest" ./cmd/mkguest)
+	kernel=$("$GUEST/kernel-stock.sh")
+	mkguest stock
+	kernel=$("$GUEST/kernel.sh" -n)
+	if [[ $kernel ]]; then
+		mkguest tuned
+	else
+		rm -rf "${out:?}/tuned"
+		say "$out: no tuned kernel; 'make kernel' builds it"
+	fi
+}
+
+mkguest() {
+	"$CACHE/mkguest" -kind "$1" -kernel "$kernel" -out "$out/$1" -agent "$agent" -agent-version "$version" \
+		-runtime "$crun/crun" -runtime-version "crun $(<"$crun/version")" >&2
+}
+
+main "$@"; exit

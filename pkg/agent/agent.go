@@ -1,0 +1,223 @@
+// Package agent is the guest's side of a pod: PID 1 of the virtual machine.
+// It boots the guest, tells the host that it is ready, and serves
+// vmrt.agent.v1 and containerd.task.v3 over vsock until the host shuts the
+// machine down or is gone.
+//
+// The agent holds mechanism only; what to mount, run and correct is the
+// host's decision. Requests of any number of connections run concurrently.
+// A request that panics is answered with an error; a panic anywhere else ends
+// the machine, with its trace on the console.
+//
+// Not guaranteed: that anything of the guest survives the end of the host's
+// connection.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/containerd/v2/pkg/sys/reaper"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/agent/boot"
+	"github.com/vmrt/vmrt/pkg/agent/events"
+	"github.com/vmrt/vmrt/pkg/agent/halt"
+	"github.com/vmrt/vmrt/pkg/agent/stdio"
+	guesttask "github.com/vmrt/vmrt/pkg/agent/task"
+)
+
+// The collector runs often rather than letting the heap of an idle pod's
+// agent grow: memory is what a pod costs.
+const (
+	gcPercent   = 50
+	memoryLimit = 64 << 20 // bytes; a target, not a bound
+)
+
+// fifos is where the FIFOs of stdio are.
+const fifos = api.GuestRun + "/io"
+
+// Run is the life of PID 1. version names the build in the handshake. It
+// returns only with an error, and the machine is useless then.
+func Run(version string) error {
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
+	var phases boot.Phases
+	phases.Mark("start")
+	reaped := reap()
+	if err := boot.Early(); err != nil {
+		return fmt.Errorf("boot: %w", err)
+	}
+	cmdline, err := boot.ReadCmdline()
+	if err != nil {
+		return fmt.Errorf("boot: %w", err)
+	}
+	setLogLevel(cmdline.Debug)
+	phases.Mark("early")
+
+	rpc, streams, err := listen()
+	if err != nil {
+		return err
+	}
+	host, err := dialHost(cmdline.Port)
+	if err != nil {
+		return err
+	}
+	if err := sayHello(host, version); err != nil {
+		return err
+	}
+	phases.Mark("hello")
+
+	// The host's answer takes a while; what containers need fits into it.
+	lateErr := boot.Late()
+	a, err := newAgent(background(boot.LateModules), func() { halt.PowerOff(reaped) })
+	if err != nil {
+		return err
+	}
+	phases.Mark("late")
+	if err := readWelcome(host); err != nil {
+		return err
+	}
+	phases.Mark("welcome")
+	if lateErr != nil {
+		// A container may miss something, but most will not.
+		log.L.WithError(lateErr).Error("boot")
+	}
+	failed := a.serve(rpc, streams)
+	followHostClock()
+	if cmdline.Debug {
+		phases.Mark("serving")
+		phases.WriteTo(os.Stderr)
+	}
+	select {
+	case err := <-failed:
+		return err
+	case err := <-hostGone(host):
+		log.L.WithError(err).Warn("the host is gone")
+		halt.PowerOff(reaped)
+		return nil
+	}
+}
+
+// background runs f, logs its error and closes the channel.
+func background(f func() error) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := f(); err != nil {
+			log.L.WithError(err).Debug("boot")
+		}
+	}()
+	return done
+}
+
+func setLogLevel(debugging bool) {
+	level := "warn"
+	if debugging {
+		level = "debug"
+	}
+	if err := log.SetLevel(level); err != nil {
+		log.L.WithError(err).Error("set log level")
+	}
+}
+
+// reap makes PID 1 collect every process that ends. The channel has a value
+// whenever some were.
+func reap() <-chan struct{} {
+	signals := make(chan os.Signal, 32)
+	signal.Notify(signals, unix.SIGCHLD)
+	reaped := make(chan struct{}, 1)
+	go func() {
+		for range signals {
+			if err := reaper.Reap(); err != nil {
+				log.L.WithError(err).Error("reap processes")
+			}
+			select {
+			case reaped <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return reaped
+}
+
+// hostOnly is a listener that drops connections of anybody but the host.
+type hostOnly struct{ *vsock.Listener }
+
+func (l hostOnly) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == vsock.Host {
+			return c, nil
+		}
+		log.L.Warnf("connection of %v dropped", c.RemoteAddr())
+		c.Close()
+	}
+}
+
+// anyCID accepts connections whatever the guest's own context id, which is
+// another one after a restore.
+const anyCID = unix.VMADDR_CID_ANY
+
+func listen() (rpc, streams net.Listener, err error) {
+	r, err := vsock.ListenContextID(anyCID, api.PortRPC, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("listen for requests: %w", err)
+	}
+	s, err := vsock.ListenContextID(anyCID, api.PortStream, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("listen for streams: %w", err)
+	}
+	return hostOnly{r}, hostOnly{s}, nil
+}
+
+// agent is what serves requests.
+type agent struct {
+	rpc     *ttrpc.Server
+	streams *stdio.Registry
+}
+
+// newAgent starts the task service. Containers are created after booted.
+func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
+	if err := os.MkdirAll(fifos, 0o700); err != nil {
+		return nil, err
+	}
+	streams := stdio.NewRegistry(stdio.DefaultLimits())
+	var wrapped *guesttask.Service
+	queue := events.New(func(container, process string) { wrapped.Exited(container, process) })
+	ctx, sd := shutdown.WithShutdown(context.Background()) // never shut down: Shutdown is not forwarded
+	inner, err := task.NewTaskService(ctx, queue, sd)
+	if err != nil {
+		return nil, fmt.Errorf("task service: %w", err)
+	}
+	wrapped = guesttask.New(inner, streams, fifos)
+	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(recoverPanic, createAfter(booted)))
+	if err != nil {
+		return nil, err
+	}
+	taskapi.RegisterTTRPCTaskService(server, wrapped)
+	api.RegisterAgentService(server, &service{events: queue, powerOff: powerOff})
+	return &agent{rpc: server, streams: streams}, nil
+}
+
+// serve starts to serve both ports. The channel has the first failure.
+func (a *agent) serve(rpc, streams net.Listener) <-chan error {
+	failed := make(chan error, 2)
+	go func() { failed <- fmt.Errorf("serve requests: %w", a.rpc.Serve(context.Background(), rpc)) }()
+	go func() { failed <- fmt.Errorf("serve streams: %w", a.streams.Serve(streams)) }()
+	return failed
+}

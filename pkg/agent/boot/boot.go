@@ -1,0 +1,167 @@
+// Package boot makes a Linux system out of an initramfs: the part of PID 1
+// that comes before any service. Early does what the services need, Late what
+// the first container needs; the machine is announced as ready in between.
+//
+// Both are for PID 1 of a fresh virtual machine and run once.
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/api"
+)
+
+// fsmount is one mount of the system's own.
+type fsmount struct {
+	fstype, target string
+	flags          uintptr
+	data           string
+	optional       bool // the kernel may lack it
+}
+
+const (
+	nosuid = unix.MS_NOSUID
+	nodev  = unix.MS_NODEV
+	noexec = unix.MS_NOEXEC
+)
+
+// early are the mounts that the services need, in order.
+var early = []fsmount{
+	{fstype: "proc", target: "/proc", flags: nosuid | nodev | noexec},
+	{fstype: "sysfs", target: "/sys", flags: nosuid | nodev | noexec},
+	{fstype: "devtmpfs", target: "/dev", flags: nosuid, data: "mode=0755"},
+	{fstype: "tmpfs", target: "/run", flags: nosuid | nodev, data: "mode=0755"},
+	{fstype: "tmpfs", target: "/tmp", flags: nosuid | nodev, data: "mode=1777"},
+	{fstype: "cgroup2", target: cgroupRoot, flags: nosuid | nodev | noexec, data: "nsdelegate,memory_recursiveprot"},
+}
+
+// late are the mounts that only containers need.
+var late = []fsmount{
+	{fstype: "devpts", target: "/dev/pts", flags: nosuid | noexec, data: "gid=5,mode=0620,ptmxmode=0666"},
+	{fstype: "tmpfs", target: "/dev/shm", flags: nosuid | nodev, data: "mode=1777"},
+	{fstype: "mqueue", target: "/dev/mqueue", flags: nosuid | nodev | noexec, optional: true},
+}
+
+// path is where the OCI runtime is found.
+const path = "/bin:/sbin:/usr/bin:/usr/sbin"
+
+// Early prepares file systems, environment and kernel modules.
+func Early() error {
+	unix.Umask(0o022)
+	os.Clearenv() // the kernel passes unknown arguments of its own on
+	if err := os.Setenv("PATH", path); err != nil {
+		return err
+	}
+	if err := leaveRootfs(); err != nil {
+		return err
+	}
+	if err := mountAll(early); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(api.GuestRun, 0o711); err != nil {
+		return err
+	}
+	return loadModules(modulesList)
+}
+
+// Late does the rest. Containers must wait for it.
+func Late() error {
+	return errors.Join(
+		mountAll(late),
+		delegateControllers(),
+		loopbackUp(),
+		raiseLimits(),
+		setSysctls(),
+	)
+}
+
+// leaveRootfs gives the root a mount of its own. pivot_root(2), which OCI
+// runtimes use, does not work on the initramfs's.
+func leaveRootfs() error {
+	const dir = "/run" // any folder will do; nothing is mounted on it yet
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"bind / on " + dir, func() error { return unix.Mount("/", dir, "", unix.MS_BIND, "") }},
+		{"chdir " + dir, func() error { return unix.Chdir(dir) }},
+		{"move " + dir + " to /", func() error { return unix.Mount(".", "/", "", unix.MS_MOVE, "") }},
+		{"chroot", func() error { return unix.Chroot(".") }},
+		{"chdir /", func() error { return unix.Chdir("/") }},
+	} {
+		if err := step.do(); err != nil {
+			return fmt.Errorf("%s: %w", step.name, err)
+		}
+	}
+	return nil
+}
+
+func mountAll(mounts []fsmount) error {
+	for _, m := range mounts {
+		if err := m.mount(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (m fsmount) mount() error {
+	err := unix.Mount(m.fstype, m.target, m.fstype, m.flags, m.data)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(m.target, 0o755); err != nil {
+			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
+		}
+		err = unix.Mount(m.fstype, m.target, m.fstype, m.flags, m.data)
+	}
+	if err == nil || (m.optional && errors.Is(err, unix.ENODEV)) {
+		return nil
+	}
+	return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
+}
+
+// cgroupRoot is the cgroup v2 hierarchy.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// delegateControllers lets child groups use every controller. One at a time:
+// a controller that cannot be enabled must not keep the others from it.
+func delegateControllers() error {
+	b, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range strings.Fields(string(b)) {
+		errs = append(errs, os.WriteFile(cgroupRoot+"/cgroup.subtree_control", []byte("+"+c), 0))
+	}
+	return errors.Join(errs...)
+}
+
+// loopbackUp brings up lo, which gets its addresses by that.
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("loopback up: %w", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq("lo")
+	if err != nil {
+		return fmt.Errorf("loopback up: %w", err)
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err != nil {
+		return fmt.Errorf("loopback flags: %w", err)
+	}
+	req.SetUint16(req.Uint16() | unix.IFF_UP)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil {
+		return fmt.Errorf("loopback up: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,49 @@
+package boot
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vmrt/vmrt/api"
+)
+
+// cmdlineDebug is the kernel argument that makes the agent report its boot
+// phases and log at debug level.
+const cmdlineDebug = "vmrt.debug"
+
+// Cmdline is what the kernel command line tells the agent.
+type Cmdline struct {
+	// Port is the host's vsock port for the handshake.
+	Port uint32
+	// Debug asks for boot phases and debug logging on the console.
+	Debug bool
+}
+
+// ReadCmdline reads /proc/cmdline.
+func ReadCmdline() (Cmdline, error) {
+	b, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return Cmdline{}, err
+	}
+	return parseCmdline(string(b))
+}
+
+func parseCmdline(s string) (Cmdline, error) {
+	c := Cmdline{Port: api.HostPort}
+	for _, arg := range strings.Fields(s) {
+		key, value, _ := strings.Cut(arg, "=")
+		switch key {
+		case api.CmdlinePort:
+			n, err := strconv.ParseUint(value, 10, 32)
+			if err != nil || n == 0 {
+				return c, fmt.Errorf("kernel argument %q: want a vsock port", arg)
+			}
+			c.Port = uint32(n)
+		case cmdlineDebug:
+			c.Debug = value != "0"
+		}
+	}
+	return c, nil
+}

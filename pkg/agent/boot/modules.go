@@ -1,0 +1,72 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Lists of modules to load, one path on a line, in load order. A kernel
+// without modules comes without them.
+const (
+	modulesList     = "/lib/vmrt/modules"
+	modulesLateList = "/lib/vmrt/modules.late"
+)
+
+// moduleCompressed lets the kernel unpack the file itself
+// (MODULE_INIT_COMPRESSED_FILE, include/uapi/linux/module.h).
+const moduleCompressed = 4
+
+// LateModules loads the modules that the services do not need. One that the
+// machine has no use for does not load, so the error is for the log only.
+func LateModules() error {
+	paths, err := readList(modulesLateList)
+	errs := []error{err}
+	for _, path := range paths {
+		errs = append(errs, loadModule(path))
+	}
+	return errors.Join(errs...)
+}
+
+// loadModules loads a list up to the first error.
+func loadModules(list string) error {
+	paths, err := readList(list)
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		if err := loadModule(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func readList(list string) ([]string, error) {
+	b, err := os.ReadFile(list)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return strings.Fields(string(b)), err
+}
+
+func loadModule(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("load module: %w", err)
+	}
+	defer f.Close()
+	flags := 0
+	if !strings.HasSuffix(path, ".ko") {
+		flags = moduleCompressed
+	}
+	err = unix.FinitModule(int(f.Fd()), "", flags)
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("load module %s: %w", path, err)
+	}
+	return nil
+}

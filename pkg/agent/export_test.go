@@ -1,0 +1,24 @@
+package agent
+
+import (
+	"net"
+	"os"
+
+	"github.com/vmrt/vmrt/api"
+)
+
+// Serve serves what PID 1 serves, on other sockets. For tests that stand in
+// for the machine.
+func Serve(rpc, streams net.Listener, powerOff func()) error {
+	reap()
+	if err := os.MkdirAll(api.GuestRun, 0o711); err != nil {
+		return err
+	}
+	booted := make(chan struct{})
+	close(booted)
+	a, err := newAgent(booted, powerOff)
+	if err != nil {
+		return err
+	}
+	return <-a.serve(rpc, streams)
+}

@@ -1,0 +1,57 @@
+package task
+
+import (
+	"regexp"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/status"
+)
+
+// Clients recognize failures by phrases of runc's messages; crun says the same
+// in other words.
+
+// missing is crun's message for a program that is not there.
+var missing = regexp.MustCompile("executable file `([^`]*)` not found in \\$PATH: no such file or directory")
+
+// notExecutable is crun's message for one that cannot be run. A folder gives
+// the second form.
+var notExecutable = regexp.MustCompile("open executable: (permission denied|operation not permitted)")
+
+// noCwd is crun's message for a working directory that cannot be entered.
+var noCwd = regexp.MustCompile("chdir `([^`]*)`: ")
+
+// rephrase returns err in the words of runc, of the same code.
+func rephrase(err error) error {
+	st, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	p := st.Proto()
+	p.Message = rephraseText(p.Message)
+	return status.FromProto(p).Err()
+}
+
+func rephraseText(s string) string {
+	s = lowerErrno(s)
+	s = missing.ReplaceAllStringFunc(s, func(m string) string {
+		program := missing.FindStringSubmatch(m)[1]
+		if strings.Contains(program, "/") {
+			return `exec: "` + program + `": stat ` + program + `: no such file or directory`
+		}
+		return `exec: "` + program + `": executable file not found in $PATH`
+	})
+	s = notExecutable.ReplaceAllString(s, "exec: permission denied")
+	return noCwd.ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)
+}
+
+// lowerErrno turns libc's texts of error numbers into Go's, which differ in
+// the first letter.
+func lowerErrno(s string) string {
+	for errno := syscall.Errno(1); errno <= unix.EHWPOISON; errno++ {
+		text := errno.Error()
+		s = strings.ReplaceAll(s, ": "+strings.ToUpper(text[:1])+text[1:], ": "+text)
+	}
+	return s
+}

@@ -1,0 +1,40 @@
+package guestspec
+
+import (
+	"fmt"
+
+	"github.com/containerd/errdefs"
+)
+
+// Errors that callers tell apart. Both are of kind errdefs.ErrNotImplemented.
+var (
+	// ErrHostNetwork is returned for a container in the host's network.
+	ErrHostNetwork = errdefs.ErrNotImplemented.WithMessage("the host's network cannot be used from a virtual machine")
+	// ErrUserNamespace is returned for a container in a user namespace.
+	ErrUserNamespace = errdefs.ErrNotImplemented.WithMessage("user namespaces are not available in a virtual machine")
+)
+
+// invalid returns an error about malformed input.
+func invalid(format string, args ...any) error {
+	return errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf(format, args...))
+}
+
+// unsupported returns an error about a feature that a virtual machine lacks.
+func unsupported(format string, args ...any) error {
+	return errdefs.ErrNotImplemented.WithMessage(fmt.Sprintf(format, args...))
+}
+
+// report collects what is left out without an error.
+type report struct {
+	warnings, notes []string
+}
+
+// warn records that the user does not get what the spec asks for.
+func (r *report) warn(format string, args ...any) {
+	r.warnings = append(r.warnings, fmt.Sprintf(format, args...))
+}
+
+// note records that something without a meaning in the guest was left out.
+func (r *report) note(format string, args ...any) {
+	r.notes = append(r.notes, fmt.Sprintf(format, args...))
+}

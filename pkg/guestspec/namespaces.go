@@ -1,0 +1,82 @@
+package guestspec
+
+import (
+	"fmt"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// guestNetNS is the virtual machine's first network namespace. The path, in
+// place of no network namespace at all, tells the OCI runtime that the
+// namespace is the container's to configure: it permits net.* sysctls.
+const guestNetNS = "/proc/1/ns/net"
+
+// rewriteNamespaces checks the spec's namespaces and returns the guest's, in
+// the same order.
+func rewriteNamespaces(s *specs.Spec, pod map[string]string) ([]specs.LinuxNamespace, error) {
+	seen := map[specs.LinuxNamespaceType]bool{}
+	var out []specs.LinuxNamespace
+	for _, ns := range s.Linux.Namespaces {
+		if seen[ns.Type] {
+			return nil, invalid("malformed spec file: duplicated ns %q", ns.Type)
+		}
+		seen[ns.Type] = true
+		guest, err := rewriteNamespace(ns, pod)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, guest)
+	}
+	return out, checkNamespaces(s, seen)
+}
+
+func rewriteNamespace(ns specs.LinuxNamespace, pod map[string]string) (specs.LinuxNamespace, error) {
+	switch ns.Type {
+	case specs.NetworkNamespace:
+		return specs.LinuxNamespace{Type: ns.Type, Path: guestNetNS}, nil
+	case specs.UserNamespace:
+		return ns, fmt.Errorf("user namespace: %w", ErrUserNamespace)
+	case specs.MountNamespace, specs.PIDNamespace, specs.IPCNamespace, specs.UTSNamespace,
+		specs.CgroupNamespace, specs.TimeNamespace:
+	default:
+		return ns, invalid("namespace %q does not exist", ns.Type)
+	}
+	if ns.Path == "" {
+		return ns, nil
+	}
+	guest, ok := pod[ns.Path]
+	if !ok || ns.Type == specs.MountNamespace {
+		return ns, unsupported("%s namespace %s: a namespace outside the virtual machine cannot be joined", ns.Type, ns.Path)
+	}
+	return specs.LinuxNamespace{Type: ns.Type, Path: guest}, nil
+}
+
+// checkNamespaces finds what needs a namespace that is not there. Its order
+// and words are runc's (libcontainer/configs/validate).
+func checkNamespaces(s *specs.Spec, has map[specs.LinuxNamespaceType]bool) error {
+	l := s.Linux
+	switch {
+	case !has[specs.MountNamespace]:
+		return invalid("mount namespace: a container in a virtual machine needs one of its own")
+	case len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0:
+		return fmt.Errorf("uid and gid mappings: %w", ErrUserNamespace)
+	case s.Hostname != "" && !has[specs.UTSNamespace]:
+		return invalid("unable to set hostname without a private UTS namespace")
+	case s.Domainname != "" && !has[specs.UTSNamespace]:
+		return invalid("unable to set domainname without a private UTS namespace")
+	case len(l.TimeOffsets) > 0 && !has[specs.TimeNamespace]:
+		return invalid("time namespace offsets specified, but time namespace isn't enabled in the config")
+	}
+	return nil
+}
+
+// networkNamespace returns the path of the host's network namespace, empty for
+// a new one.
+func networkNamespace(list []specs.LinuxNamespace) (string, error) {
+	for _, ns := range list {
+		if ns.Type == specs.NetworkNamespace {
+			return ns.Path, nil
+		}
+	}
+	return "", fmt.Errorf("network namespace: %w", ErrHostNetwork)
+}

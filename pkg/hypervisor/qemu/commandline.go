@@ -1,0 +1,209 @@
+package qemu
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+)
+
+// maxCmdline is COMMAND_LINE_SIZE of arch/x86/include/asm/setup.h, less the
+// terminating zero.
+const maxCmdline = 2047
+
+// maxTransports is how many virtio-mmio transports microvm has with ACPI, which
+// gives it a second IO-APIC (hw/i386/microvm.c).
+const maxTransports = 24
+
+// The paths by which QEMU knows the guest's files, which are the first ones it
+// inherits.
+const (
+	kernelPath = "/proc/self/fd/3"
+	initrdPath = "/proc/self/fd/4"
+)
+
+// files are what QEMU reads or talks through besides the spec's own devices.
+type files struct {
+	kernel, initrd *os.File
+	console        *os.File
+	qmp            *os.File
+	// kvm is an open /dev/kvm for a QEMU that takes one, else nil.
+	kvm *os.File
+}
+
+// commandLine turns a valid spec into QEMU's arguments, and lists the files
+// that the process must inherit as descriptors 3, 4, and so on. It touches
+// none of them.
+func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os.File, error) {
+	cmdline := strings.Join(kernelArguments(b, h, s), " ")
+	if len(cmdline) > maxCmdline {
+		return nil, nil, fmt.Errorf("kernel command line of %d bytes: at most %d", len(cmdline), maxCmdline)
+	}
+	c := &arguments{}
+	c.add("-name", "guest="+escape(s.Name)+",debug-threads=on")
+	c.add("-nodefaults", "-no-user-config")
+	c.add("-display", "none")
+	c.add("-no-reboot")
+	if b.Sandbox {
+		c.add("-sandbox", sandboxRules)
+	}
+	c.add("-kernel", c.path(f.kernel)) // kernelPath
+	c.add("-initrd", c.path(f.initrd)) // initrdPath
+	c.add("-append", cmdline)
+	c.machine(s, f)
+	// qboot is the firmware made for microvm. The default has another name,
+	// which not all packages have.
+	c.add("-bios", "qboot.rom")
+	c.chardev("console", f.console)
+	c.add("-serial", "chardev:console")
+	c.chardev("qmp", f.qmp)
+	c.add("-mon", "chardev=qmp,mode=control")
+	c.devices(s)
+	if c.transports > maxTransports {
+		return nil, nil, fmt.Errorf("%d devices: at most %d", c.transports, maxTransports)
+	}
+	return c.args, c.files, nil
+}
+
+// kernelArguments returns the kernel's command line: what the machine needs
+// first, so that what the spec adds can override it.
+func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
+	args := []string{
+		"console=ttyS0",
+		// A character to the serial port is an exit each.
+		"quiet",
+		// A panic resets by triple fault at once, and -no-reboot turns
+		// the reset into QEMU's end.
+		"reboot=t", "panic=-1",
+	}
+	if s.Accelerator == hypervisor.TCG {
+		args = append(args, emulationArguments(b, h)...)
+	}
+	return append(args, s.Cmdline...)
+}
+
+// emulationArguments returns what the kernel must know of an emulated CPU.
+func emulationArguments(b Binary, h host) []string {
+	// Emulated code does not speculate, and patching every lock prefix
+	// costs a tenth of a second.
+	args := []string{"mitigations=off", "noreplace-smp"}
+	if h.TSCKHz != 0 {
+		// QEMU shows the guest the host's counter. Calibrating it
+		// against an emulated timer may fail and hang the boot, and the
+		// watchdog, which compares it with jiffies, takes a vCPU that
+		// had to wait for a broken counter.
+		args = append(args, "tsc_early_khz="+strconv.FormatUint(h.TSCKHz, 10), "tsc=reliable")
+	}
+	if b.Version.before(8, 0) {
+		// QEMU before 8.0 emulates cmpxchg16b by stopping all vCPUs, and
+		// kernels that use it in their allocator were seen to fault
+		// there. The number is X86_FEATURE_CX16: names are only known
+		// from Linux 5.17 on. Processes in the guest still see and may
+		// use the instruction, which x86-64-v2 includes.
+		args = append(args, "clearcpuid=141")
+	}
+	return args
+}
+
+// arguments collects the command line and the files that it refers to.
+type arguments struct {
+	args       []string
+	files      []*os.File
+	transports int
+}
+
+func (c *arguments) add(args ...string) { c.args = append(c.args, args...) }
+
+// fd passes f on and returns the number that it has in QEMU.
+func (c *arguments) fd(f *os.File) string {
+	c.files = append(c.files, f)
+	return strconv.Itoa(2 + len(c.files))
+}
+
+func (c *arguments) fds(fs []*os.File) string {
+	n := make([]string, len(fs))
+	for i, f := range fs {
+		n[i] = c.fd(f)
+	}
+	return strings.Join(n, ":")
+}
+
+// path passes f on for an option that takes nothing but a path. Opening it
+// checks the file's own permissions, not those of the folders above it.
+func (c *arguments) path(f *os.File) string { return "/proc/self/fd/" + c.fd(f) }
+
+// chardev adds a character device on a connected socket.
+func (c *arguments) chardev(id string, f *os.File) {
+	c.add("-chardev", "socket,id="+id+",fd="+c.fd(f))
+}
+
+// device adds a virtio device, which takes one transport.
+func (c *arguments) device(options string) {
+	c.transports++
+	c.add("-device", options)
+}
+
+func (c *arguments) machine(s *hypervisor.Spec, f files) {
+	machine := "microvm,acpi=on,x-option-roms=off"
+	if s.SharedMemory() {
+		machine += ",memory-backend=mem"
+		c.add("-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", s.MemoryMiB))
+	}
+	c.add("-machine", machine)
+	switch s.Accelerator {
+	case hypervisor.KVM:
+		accel := "kvm"
+		if f.kvm != nil {
+			c.add("-add-fd", "set=1,fd="+c.fd(f.kvm))
+			accel += ",device=/dev/fdset/1"
+		}
+		c.add("-accel", accel, "-cpu", "host")
+	case hypervisor.TCG:
+		// The translation cache is touched memory of the host's; 16 MiB
+		// hold a container's working set without slowing the boot.
+		c.add("-accel", "tcg,tb-size=16", "-cpu", "max")
+	}
+	c.add("-smp", strconv.Itoa(s.CPUs))
+	c.add("-m", strconv.Itoa(s.MemoryMiB)+"M")
+	// Legacy transports know neither virtio 1 nor vhost-user.
+	c.add("-global", "virtio-mmio.force-legacy=false")
+}
+
+func (c *arguments) devices(s *hypervisor.Spec) {
+	if s.Vsock.VhostFD != nil {
+		c.device(fmt.Sprintf("vhost-vsock-device,guest-cid=%d,vhostfd=%s", s.Vsock.CID, c.fd(s.Vsock.VhostFD)))
+	} else {
+		c.chardev("vsock", s.Vsock.Backend)
+		c.device("vhost-user-vsock-device,chardev=vsock")
+	}
+	for i, n := range s.NICs {
+		c.nic(i, n)
+	}
+	for i, sh := range s.Shares {
+		id := "fs" + strconv.Itoa(i)
+		c.chardev(id, sh.Socket)
+		c.device("vhost-user-fs-device,chardev=" + id + ",tag=" + escape(sh.Tag))
+	}
+	c.device("virtio-rng-device")
+	c.device("virtio-balloon-device,free-page-reporting=on")
+}
+
+func (c *arguments) nic(i int, n hypervisor.NIC) {
+	id := "net" + strconv.Itoa(i)
+	netdev := "tap,id=" + id + ",fds=" + c.fds(n.Tap)
+	if len(n.VhostNet) > 0 {
+		netdev += ",vhost=on,vhostfds=" + c.fds(n.VhostNet)
+	}
+	c.add("-netdev", netdev)
+	device := "virtio-net-device,netdev=" + id + ",mac=" + n.MAC
+	if len(n.Tap) > 1 {
+		device += ",mq=on"
+	}
+	c.device(device)
+}
+
+// escape makes s one value of QEMU's key=value lists, in which a comma is
+// written twice (docs/system/invocation).
+func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }

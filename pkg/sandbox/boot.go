@@ -1,0 +1,260 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
+	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
+	"github.com/vmrt/vmrt/pkg/storage"
+	"github.com/vmrt/vmrt/pkg/version"
+	"github.com/vmrt/vmrt/pkg/vsock"
+)
+
+// seedBytes is what the guest's random generator is given at boot; the kernel
+// counts 32 bytes as fully seeded (drivers/char/random.c, BLAKE2S_HASH_SIZE).
+const seedBytes = 64
+
+// Boot starts the virtual machine and returns when its agent can be used. It
+// takes at most the configured boot timeout. After an error the caller calls
+// Stop.
+func (s *Sandbox) Boot(ctx context.Context) error {
+	timeout := s.cfg.Settings.BootTimeout
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout,
+		fmt.Errorf("guest was not ready within %s (boot_timeout)", timeout))
+	defer cancel()
+	// A virtual machine that ends early ends every wait for it.
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		select {
+		case <-s.dead:
+			stop()
+		case <-ctx.Done():
+		}
+	}()
+	if err := s.bootSteps(ctx); err != nil {
+		// The end of the VM explains more than the read that it broke.
+		select {
+		case <-s.dead:
+			if cause := s.Err(); cause != nil {
+				err = cause
+			}
+		default:
+			if ctx.Err() != nil {
+				err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+			}
+		}
+		return fmt.Errorf("boot virtual machine of sandbox %s: %w", s.cfg.ID, err)
+	}
+	log.G(ctx).WithFields(log.Fields{
+		"sandbox": s.cfg.ID, "kernel": s.boot.Kernel, "release": s.boot.Release,
+		"accelerator": s.boot.Accelerator, "reason": s.boot.AcceleratorReason,
+		"vsock": s.boot.Transport, "cid": s.boot.CID, "pid": s.boot.VMPid,
+	}).Info("virtual machine is ready")
+	return nil
+}
+
+func (s *Sandbox) bootSteps(ctx context.Context) error {
+	spec, err := s.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.launch(ctx, spec); err != nil {
+		return err
+	}
+	if err := s.greet(ctx); err != nil {
+		return err
+	}
+	conn, err := s.transport.Dial(ctx, api.PortRPC)
+	if err != nil {
+		return fmt.Errorf("connect to agent: %w", err)
+	}
+	s.rpc = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(s.agentGone) }))
+	_, err = s.Agent().Mount(ctx, &api.MountRequest{Mounts: []*api.MountSpec{
+		{Type: "virtiofs", Source: api.ShareTag, Target: api.GuestShare},
+	}})
+	if err != nil {
+		return fmt.Errorf("mount shared folder in guest: %w", err)
+	}
+	go s.keepClock()
+	return nil
+}
+
+// prepare decides what to boot and starts the virtual machine's helpers.
+func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
+	settings := s.cfg.Settings
+	guest, err := settings.Guest()
+	if err != nil {
+		return nil, err
+	}
+	verdict, err := accel.Choose(ctx, settings.Accelerator, accel.Config{})
+	if err != nil {
+		return nil, err
+	}
+	if s.transport, err = vsock.Open(settings.Vsock); err != nil {
+		return nil, fmt.Errorf("open vsock: %w", err)
+	}
+	virtiofsd, err := settings.FindVirtiofsd()
+	if err != nil {
+		return nil, err
+	}
+	if s.daemon, err = storage.StartDaemon(ctx, s.ns, storage.DaemonConfig{Binary: virtiofsd, Share: s.share}); err != nil {
+		return nil, err
+	}
+	if err := s.cgroup.Add(s.daemon.Pid()); err != nil {
+		return nil, fmt.Errorf("put virtiofsd into the pod's cgroup: %w", err)
+	}
+	s.boot = BootInfo{
+		Kernel: guest.Kind, Accelerator: verdict.Accelerator, AcceleratorReason: verdict.Reason,
+		Transport: s.transport.Name(), CID: s.transport.CID(),
+	}
+	return &hypervisor.Spec{
+		Name:        "vmrt-" + s.cfg.ID,
+		Accelerator: verdict.Accelerator,
+		CPUs:        settings.CPUs,
+		MemoryMiB:   settings.MemoryMiB,
+		Kernel:      guest.Kernel,
+		Initrd:      guest.Initrd,
+		Cmdline:     []string{api.CmdlinePort + "=" + strconv.FormatUint(uint64(s.transport.HostPort()), 10)},
+		Vsock:       s.transport.Device(),
+		Shares:      []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
+	}, nil
+}
+
+// launch starts the VMM and the watch over it.
+func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
+	binary, err := s.cfg.Settings.FindQEMU()
+	if err != nil {
+		return err
+	}
+	vm, err := qemu.Launch(ctx, qemu.Config{
+		Binary:     binary,
+		Start:      s.startInPod,
+		Credential: credential(s.cfg.Namespace, s.cfg.ID),
+		Console: func(line string) {
+			log.G(ctx).WithField("sandbox", s.cfg.ID).Debug("console: " + line)
+		},
+	}, *spec)
+	if err != nil {
+		return err
+	}
+	// The VMM holds its own copies; ours would keep the devices alive after it.
+	if f := spec.Vsock.Backend; f != nil {
+		f.Close()
+	}
+	if f := spec.Vsock.VhostFD; f != nil {
+		f.Close()
+	}
+	s.daemon.CloseSocket()
+	s.vm = vm
+	s.boot.VMPid = vm.Pid()
+	go s.watch()
+	return nil
+}
+
+// startInPod starts the VMM in the pod's namespaces and cgroup.
+func (s *Sandbox) startInPod(cmd *exec.Cmd) error {
+	if err := s.ns.Start(cmd); err != nil {
+		return err
+	}
+	if err := s.cgroup.Add(cmd.Process.Pid); err != nil {
+		cmd.Process.Kill()
+		return fmt.Errorf("put virtual machine into the pod's cgroup: %w", err)
+	}
+	return nil
+}
+
+// watch turns the end of the VMM, of the file system daemon or of the agent
+// into the end of the sandbox. It returns once the VMM has ended or somebody
+// else has decided to end it.
+func (s *Sandbox) watch() {
+	var why error
+	select {
+	case <-s.vm.Done():
+		s.die(orUnknown(s.vm.Err()))
+		return
+	case <-s.dead:
+		return
+	case <-s.daemon.Done():
+		// Without its files the guest can only hang.
+		why = fmt.Errorf("file system daemon ended: %w", orUnknown(s.daemon.Err()))
+	case <-s.agentGone:
+		why = errors.New("agent ended its connection")
+		// A guest that panics or powers off drops the connection first: its
+		// VMM's end, just after, says more.
+		select {
+		case <-s.vm.Done():
+			why = orUnknown(s.vm.Err())
+		case <-time.After(agentGoneGrace):
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+	defer cancel()
+	if err := s.Kill(ctx, why); err != nil {
+		log.L.WithError(err).WithField("sandbox", s.cfg.ID).Error("kill virtual machine")
+	}
+}
+
+// agentGoneGrace is how long a guest without an agent may take to end.
+const agentGoneGrace = time.Second
+
+// killTimeout bounds the wait for a killed process.
+const killTimeout = 10 * time.Second
+
+func orUnknown(err error) error {
+	if err == nil {
+		return errors.New("ended without an error")
+	}
+	return err
+}
+
+// greet waits for the agent's Hello and answers it.
+func (s *Sandbox) greet(ctx context.Context) error {
+	conn, err := s.transport.Accept(ctx)
+	if err != nil {
+		return fmt.Errorf("wait for agent: %w", err)
+	}
+	s.hello = conn
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	var hello api.Hello
+	if err := api.ReadMessage(conn, &hello); err != nil {
+		return fmt.Errorf("agent's hello: %w", err)
+	}
+	welcome, refused := answer(&hello, s.cfg.ID)
+	if err := api.WriteMessage(conn, welcome); err != nil {
+		return fmt.Errorf("answer agent's hello: %w", err)
+	}
+	if refused != nil {
+		return refused
+	}
+	s.boot.Release = printable(hello.GetKernel(), 64)
+	return conn.SetDeadline(time.Time{})
+}
+
+// answer decides about an agent by its Hello.
+func answer(hello *api.Hello, id string) (*api.Welcome, error) {
+	if hello.GetProtocol() != api.ProtocolVersion {
+		err := fmt.Errorf("agent %q in the guest's initramfs speaks protocol %d, this shim (%s) %d: install shim and guest files of one release",
+			printable(hello.GetVersion(), 64), hello.GetProtocol(), version.Version, api.ProtocolVersion)
+		return &api.Welcome{Refused: err.Error()}, err
+	}
+	seed := make([]byte, seedBytes)
+	rand.Read(seed)
+	return &api.Welcome{Time: timestamppb.Now(), Seed: seed, Hostname: hostname(id)}, nil
+}

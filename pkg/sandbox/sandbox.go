@@ -1,0 +1,238 @@
+// Package sandbox is the host side of one pod: a virtual machine, the agent in
+// it, and what both need on the host (namespaces, cgroup, shared folder). It
+// knows containers only as folders in the share and ids in requests; what runs
+// in them is pkg/shim's.
+//
+// New prepares the host, Boot starts the virtual machine, Stop ends and removes
+// everything from whatever state it is in. The three are called once each, in
+// that order; the rest may be called from any goroutine between Boot and Stop.
+//
+// The guest is not trusted: every wait for it has a deadline, and its death or
+// silence ends this sandbox only. Dead reports the end of the virtual machine
+// whatever its cause.
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/ttrpc"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/cgroup"
+	"github.com/vmrt/vmrt/pkg/config"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/podns"
+	"github.com/vmrt/vmrt/pkg/state"
+	"github.com/vmrt/vmrt/pkg/storage"
+	"github.com/vmrt/vmrt/pkg/vsock"
+)
+
+// Config is what a sandbox is made from. It is not changed afterwards.
+type Config struct {
+	// ID and Namespace are containerd's.
+	ID, Namespace string
+	// Settings come from the configuration file.
+	Settings *config.Config
+	// NetNS is the path of the pod's network namespace; empty for a new one.
+	NetNS string
+	// CgroupsPath is the OCI spec's, for the pod's cgroup on the host.
+	CgroupsPath string
+}
+
+// Sandbox is one pod's host side.
+type Sandbox struct {
+	cfg     Config
+	store   state.Store
+	dir     string
+	created time.Time
+
+	ns     *podns.Namespaces
+	cgroup *cgroup.Cgroup
+	share  *storage.Share
+
+	// Set by Boot, read only once it returned.
+	transport vsock.Transport
+	daemon    *storage.Daemon
+	vm        hypervisor.VM
+	rpc       *ttrpc.Client
+	boot      BootInfo
+	hello     vsock.Conn
+
+	// agentGone is closed when the RPC connection has ended.
+	agentGone chan struct{}
+	// dead is closed when the virtual machine has ended.
+	dead     chan struct{}
+	deadOnce sync.Once
+
+	mu sync.Mutex
+	// deadErr says why, set before dead is closed.
+	deadErr error
+	stopped bool
+}
+
+// BootInfo says what was booted, for the log and the state file.
+type BootInfo struct {
+	Kernel      string // "tuned" or "stock"
+	Release     string // the guest's uname -r
+	Accelerator hypervisor.Accelerator
+	// AcceleratorReason says why that one.
+	AcceleratorReason string
+	Transport         string
+	CID               uint32
+	VMPid             int
+}
+
+// New makes the sandbox's folder, namespaces, cgroup and share. On an error
+// nothing is left of it.
+func New(cfg Config) (_ *Sandbox, err error) {
+	s := &Sandbox{
+		cfg: cfg, store: state.Open(cfg.Settings.StateDir), created: time.Now(),
+		agentGone: make(chan struct{}), dead: make(chan struct{}),
+	}
+	if s.dir, err = s.store.Create(cfg.Namespace, cfg.ID); err != nil {
+		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("create sandbox %s: %w", cfg.ID, err), s.Stop(context.Background()))
+		}
+	}()
+	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS}); err != nil {
+		return nil, fmt.Errorf("open namespaces: %w", err)
+	}
+	if s.cgroup, err = cgroup.Create(cfg.CgroupsPath, cfg.ID); err != nil {
+		return nil, fmt.Errorf("create cgroup: %w", err)
+	}
+	share := filepath.Join(s.dir, "share")
+	if err := os.Mkdir(share, 0o700); err != nil {
+		return nil, err
+	}
+	if s.share, err = storage.NewShare(s.ns, share); err != nil {
+		return nil, fmt.Errorf("create shared folder: %w", err)
+	}
+	return s, nil
+}
+
+// Namespaces are the pod's on the host; they end with Stop.
+func (s *Sandbox) Namespaces() *podns.Namespaces { return s.ns }
+
+// Cgroup is the pod's on the host.
+func (s *Sandbox) Cgroup() *cgroup.Cgroup { return s.cgroup }
+
+// Share is the folder that the guest sees at api.GuestShare.
+func (s *Sandbox) Share() *storage.Share { return s.share }
+
+// Info describes what Boot booted.
+func (s *Sandbox) Info() BootInfo { return s.boot }
+
+// Agent speaks vmrt.agent.v1 to the guest.
+func (s *Sandbox) Agent() api.AgentClient { return api.NewAgentClient(s.rpc) }
+
+// Tasks speaks containerd.task.v3 to the guest.
+func (s *Sandbox) Tasks() taskapi.TTRPCTaskService { return taskapi.NewTTRPCTaskClient(s.rpc) }
+
+// Dead is closed when the virtual machine has ended or can no longer be used.
+func (s *Sandbox) Dead() <-chan struct{} { return s.dead }
+
+// Err says why the virtual machine ended; nil before Dead and after Stop.
+func (s *Sandbox) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deadErr
+}
+
+// die closes Dead with a reason; the first reason stays.
+func (s *Sandbox) die(why error) {
+	s.deadOnce.Do(func() {
+		s.mu.Lock()
+		if !s.stopped {
+			s.deadErr = why
+		}
+		s.mu.Unlock()
+		close(s.dead)
+	})
+}
+
+// Kill ends the virtual machine at once, for a guest that no longer answers.
+// why becomes Err.
+func (s *Sandbox) Kill(ctx context.Context, why error) error {
+	s.die(why)
+	if s.vm == nil {
+		return nil
+	}
+	return s.vm.Kill(ctx)
+}
+
+// Stop ends the virtual machine and removes all that New and Boot made, except
+// what must outlive the sandbox (nothing). Idempotent. An error names what is
+// left; a later call tries that again.
+func (s *Sandbox) Stop(ctx context.Context) error {
+	s.mu.Lock()
+	s.stopped = true
+	s.mu.Unlock()
+	s.die(nil)
+
+	var errs []error
+	if s.vm != nil {
+		errs = append(errs, s.vm.Kill(ctx))
+	}
+	if s.rpc != nil {
+		s.rpc.Close()
+	}
+	if s.hello != nil {
+		s.hello.Close()
+	}
+	if s.transport != nil {
+		errs = append(errs, s.transport.Close())
+	}
+	if s.daemon != nil {
+		errs = append(errs, s.daemon.Close())
+	}
+	if s.share != nil {
+		errs = append(errs, s.share.Close())
+	}
+	if s.ns != nil {
+		errs = append(errs, s.ns.Close())
+	}
+	if s.cgroup != nil {
+		errs = append(errs, s.cgroup.Remove(ctx))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("stop sandbox %s: %w", s.cfg.ID, err)
+	}
+	if err := s.store.Remove(s.cfg.Namespace, s.cfg.ID); err != nil {
+		return fmt.Errorf("stop sandbox %s: %w", s.cfg.ID, err)
+	}
+	return nil
+}
+
+// Save writes the state file, from which `shim delete` cleans up when this
+// process was killed. Call it after Boot, and when containers change.
+func (s *Sandbox) Save(containers map[string]state.Container) error {
+	st := &state.Sandbox{
+		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
+		CgroupPath: s.cgroup.Path(), Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
+		Vsock: s.boot.Transport, CID: s.boot.CID,
+	}
+	var err error
+	if st.Shim, err = state.Find(os.Getpid()); err != nil {
+		return fmt.Errorf("save state of sandbox %s: %w", s.cfg.ID, err)
+	}
+	if s.vm != nil {
+		// Gone already is no reason not to save the rest.
+		st.VM, _ = state.Find(s.vm.Pid())
+	}
+	return s.store.Save(st)
+}
+
+// Link makes a container's bundle lead to this sandbox's state.
+func (s *Sandbox) Link(bundle string) error {
+	return s.store.Link(bundle, s.cfg.Namespace, s.cfg.ID)
+}

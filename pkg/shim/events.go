@@ -1,0 +1,179 @@
+package shim
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	eventstypes "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/core/runtime"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/vmrt/vmrt/api"
+)
+
+// publishTimeout bounds one attempt to hand an event to containerd; the
+// publisher retries by itself while containerd is away.
+const publishTimeout = 30 * time.Second
+
+// eventQueue hands events to containerd one after the other, in the order of
+// send. It is unbounded, because the order must hold while containerd restarts
+// and nothing may wait for it; its length is bounded by what the pod's
+// processes do.
+type eventQueue struct {
+	publisher events.Publisher
+	wake      chan struct{}
+
+	mu     sync.Mutex
+	queued []any
+	closed bool
+	done   chan struct{}
+}
+
+// newEventQueue publishes in ctx's containerd namespace until close.
+func newEventQueue(ctx context.Context, p events.Publisher) *eventQueue {
+	q := &eventQueue{publisher: p, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	go q.run(context.WithoutCancel(ctx))
+	return q
+}
+
+// send never blocks.
+func (q *eventQueue) send(e any) {
+	q.mu.Lock()
+	q.queued = append(q.queued, e)
+	q.mu.Unlock()
+	q.signal()
+}
+
+func (q *eventQueue) signal() {
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+}
+
+// close publishes what is queued and ends the queue, or gives up with ctx.
+func (q *eventQueue) close(ctx context.Context) error {
+	q.mu.Lock()
+	q.closed = true
+	q.mu.Unlock()
+	q.signal()
+	select {
+	case <-q.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (q *eventQueue) run(ctx context.Context) {
+	defer close(q.done)
+	for range q.wake {
+		for {
+			q.mu.Lock()
+			batch, closed := q.queued, q.closed
+			q.queued = nil
+			q.mu.Unlock()
+			if len(batch) == 0 {
+				if closed {
+					return
+				}
+				break
+			}
+			for _, e := range batch {
+				q.publish(ctx, e)
+			}
+		}
+	}
+}
+
+func (q *eventQueue) publish(ctx context.Context, e any) {
+	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	defer cancel()
+	topic := runtime.GetTopic(e)
+	if err := q.publisher.Publish(ctx, topic, e); err != nil {
+		log.G(ctx).WithError(err).WithField("topic", topic).Warn("publish event")
+	}
+}
+
+// guestEvent takes one event of the guest's task service: the exit of a
+// process changes its record, and the rest is passed on with the host's ids
+// and pids in it. The guest is not trusted: what names no known process is
+// dropped.
+func (s *service) guestEvent(ctx context.Context, ev *api.Event) {
+	v, err := typeurl.UnmarshalAny(ev.GetEvent())
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("topic", ev.GetTopic()).Warn("guest sent an event that cannot be decoded")
+		return
+	}
+	switch e := v.(type) {
+	case *eventstypes.TaskStart:
+		if c := s.lookup(e.ContainerID); c != nil {
+			c.init.setState(statusRunning)
+			s.events.send(&eventstypes.TaskStart{ContainerID: c.id, Pid: c.pid()})
+		}
+	case *eventstypes.TaskExecStarted:
+		if c := s.lookup(e.ContainerID); c != nil {
+			if p := c.exec(e.ExecID); p != nil {
+				p.setState(statusRunning)
+				s.events.send(&eventstypes.TaskExecStarted{ContainerID: c.id, ExecID: p.id, Pid: c.pid()})
+			}
+		}
+	case *eventstypes.TaskExit:
+		s.guestExit(e)
+	case *eventstypes.TaskOOM:
+		if c := s.lookup(e.ContainerID); c != nil {
+			s.events.send(&eventstypes.TaskOOM{ContainerID: c.id})
+		}
+	case *eventstypes.TaskPaused, *eventstypes.TaskResumed, *eventstypes.TaskCreate,
+		*eventstypes.TaskDelete, *eventstypes.TaskExecAdded:
+		// The host announces these itself, when its own part is done as well.
+	default:
+		log.G(ctx).WithField("topic", ev.GetTopic()).Warn("guest sent an event that no task has")
+	}
+}
+
+func (s *service) guestExit(e *eventstypes.TaskExit) {
+	c := s.lookup(e.ContainerID)
+	if c == nil {
+		return
+	}
+	p := c.init
+	if e.ID != c.id {
+		if p = c.exec(e.ID); p == nil {
+			return
+		}
+	}
+	s.exited(c, p, e.ExitStatus, exitTime(e.ExitedAt, time.Now()))
+}
+
+// exited records and announces the end of a process, once.
+func (s *service) exited(c *container, p *process, status uint32, at time.Time) {
+	pid := c.pid()
+	if !p.setExited(status, at) {
+		return
+	}
+	id := p.id
+	if p == c.init {
+		id = c.id
+		c.releasePid()
+		s.saveState()
+	}
+	s.events.send(&eventstypes.TaskExit{
+		ContainerID: c.id, ID: id, Pid: pid, ExitStatus: status, ExitedAt: timestamppb.New(at),
+	})
+}
+
+// exitTime is the guest's time of an exit where it can be true: not in the
+// future, and not long past.
+func exitTime(guest *timestamppb.Timestamp, now time.Time) time.Time {
+	const oldest = time.Minute
+	t := guest.AsTime()
+	if guest == nil || t.After(now) || now.Sub(t) > oldest {
+		return now
+	}
+	return t
+}

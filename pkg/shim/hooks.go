@@ -1,0 +1,86 @@
+package shim
+
+import (
+	"context"
+
+	"github.com/containerd/log"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/pkg/hooks"
+	"github.com/vmrt/vmrt/pkg/state"
+)
+
+// The hook lists that run on the host, by their names in the OCI spec. The
+// others run in the guest or are refused (package guestspec).
+const (
+	hookPrestart      = "prestart"
+	hookCreateRuntime = "createRuntime"
+	hookPoststart     = "poststart"
+	hookPoststop      = "poststop"
+)
+
+func hookList(h *specs.Hooks, name string) []specs.Hook {
+	if h == nil {
+		return nil
+	}
+	switch name {
+	case hookPrestart:
+		return h.Prestart //nolint:staticcheck // deprecated, and still in use
+	case hookCreateRuntime:
+		return h.CreateRuntime
+	case hookPoststart:
+		return h.Poststart
+	case hookPoststop:
+		return h.Poststop
+	}
+	return nil
+}
+
+func (c *container) hookState(status specs.ContainerState) *specs.State {
+	st := &specs.State{
+		Version: c.spec.Version, ID: c.id, Status: status, Bundle: c.bundle, Annotations: c.spec.Annotations,
+	}
+	if status != specs.StateStopped {
+		st.Pid = int(c.pid())
+	}
+	return st
+}
+
+// runHooks runs lists whose failure is the operation's.
+func (s *service) runHooks(ctx context.Context, c *container, status specs.ContainerState, names ...string) error {
+	for _, name := range names {
+		if err := hooks.Run(ctx, name, hookList(c.spec.Hooks, name), c.hookState(status)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// runLateHooks runs a list whose failures are only logged.
+func (s *service) runLateHooks(ctx context.Context, c *container, status specs.ContainerState, name string) {
+	if err := hooks.RunAll(ctx, name, hookList(c.spec.Hooks, name), c.hookState(status)); err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("hooks")
+	}
+}
+
+// saveState writes what `shim delete` needs if this process is killed.
+func (s *service) saveState() {
+	s.mu.Lock()
+	sb := s.sandbox
+	containers := make(map[string]state.Container, len(s.containers))
+	for id, c := range s.containers {
+		_, status, exitedAt := c.init.snapshot()
+		containers[id] = state.Container{
+			Bundle: c.bundle, OCIVersion: c.spec.Version, Annotations: c.spec.Annotations,
+			Poststop: hookList(c.spec.Hooks, hookPoststop), Pid: int(c.pid()),
+			ExitStatus: status, ExitedAt: exitedAt,
+		}
+	}
+	s.mu.Unlock()
+	if sb == nil {
+		return
+	}
+	if err := sb.Save(containers); err != nil {
+		log.G(s.ctx).WithError(err).Error("save sandbox state")
+	}
+}

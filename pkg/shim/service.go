@@ -1,0 +1,269 @@
+// Package shim is the host side of a pod towards containerd: the manager that
+// containerd starts it through, and containerd.task.v3 for the containers of
+// one sandbox.
+//
+// The service keeps a record of every process on the host and forwards to the
+// guest what only the guest can do. State, Pids, Wait and Connect never ask the
+// guest. Every other request to the guest has a deadline. All methods may be
+// called concurrently.
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	containerdshim "github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/sandbox"
+)
+
+// Deadlines of requests to the guest, and of what the shim does on its own.
+const (
+	// guestTimeout is for requests that an agent answers at once.
+	guestTimeout = 10 * time.Second
+	// createTimeout is for requests that start the OCI runtime in the guest.
+	createTimeout = 2 * time.Minute
+	// drainTimeout is how long Delete waits for output that a client does not
+	// read, as runc's shim does.
+	drainTimeout = 10 * time.Second
+	// stopTimeout is for the end of the virtual machine and its remains.
+	stopTimeout = 20 * time.Second
+	// statusKilled is the exit status of what a SIGKILL ended.
+	statusKilled = 128 + 9
+	// statusNotStarted is the exit status of an exec that could not start.
+	statusNotStarted = 255
+)
+
+var empty = &emptypb.Empty{}
+
+// service is the task service of one sandbox.
+type service struct {
+	// ctx carries the logger and containerd's namespace.
+	ctx       context.Context
+	namespace string
+	events    *eventQueue
+	shutdown  shutdown.Service
+
+	mu         sync.Mutex
+	containers map[string]*container
+	// sandbox is nil until the first Create.
+	sandbox *sandbox.Sandbox
+	// booted is closed when the sandbox's boot has ended, with bootErr set.
+	booted  chan struct{}
+	bootErr error
+
+	// streams numbers stream connections, so that no name comes twice.
+	streams atomic.Uint64
+}
+
+var (
+	_ taskapi.TTRPCTaskService    = (*service)(nil)
+	_ containerdshim.TTRPCService = (*service)(nil)
+)
+
+func newService(ctx context.Context, publisher containerdshim.Publisher, sd shutdown.Service) (*service, error) {
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := &service{
+		ctx:        ctx,
+		namespace:  ns,
+		events:     newEventQueue(ctx, publisher),
+		shutdown:   sd,
+		containers: map[string]*container{},
+	}
+	sd.RegisterCallback(func(ctx context.Context) error {
+		return errors.Join(s.stopSandbox(ctx), s.events.close(ctx))
+	})
+	return s, nil
+}
+
+// RegisterTTRPC makes the service reachable.
+func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
+	taskapi.RegisterTTRPCTaskService(server, s)
+	return nil
+}
+
+// lookup returns the container or nil.
+func (s *service) lookup(id string) *container {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.containers[id]
+}
+
+func (s *service) container(id string) (*container, error) {
+	if c := s.lookup(id); c != nil {
+		return c, nil
+	}
+	return nil, fmt.Errorf("container not created: %w", errdefs.ErrNotFound)
+}
+
+// find returns a container and one of its processes.
+func (s *service) find(id, execID string) (*container, *process, error) {
+	c, err := s.container(id)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := c.process(execID)
+	return c, p, err
+}
+
+// guest returns the sandbox if its virtual machine is up.
+func (s *service) guest() (*sandbox.Sandbox, error) {
+	s.mu.Lock()
+	sb, booted, bootErr := s.sandbox, s.booted, s.bootErr
+	s.mu.Unlock()
+	if sb == nil || bootErr != nil {
+		return nil, fmt.Errorf("no virtual machine: %w", errdefs.ErrUnavailable)
+	}
+	select {
+	case <-booted:
+	default:
+		return nil, fmt.Errorf("virtual machine is starting: %w", errdefs.ErrUnavailable)
+	}
+	select {
+	case <-sb.Dead():
+		return nil, fmt.Errorf("virtual machine has ended: %w", errdefs.ErrUnavailable)
+	default:
+		return sb, nil
+	}
+}
+
+// State returns what is known of a process.
+func (s *service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
+	c, p, err := s.find(r.ID, r.ExecID)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	_, status, exitedAt := p.snapshot()
+	resp := &taskapi.StateResponse{
+		ID: c.id, Bundle: c.bundle, Pid: c.pid(), ExecID: r.ExecID,
+		Status: c.status(p), ExitStatus: status,
+		Stdin: p.stdio.Stdin, Stdout: p.stdio.Stdout, Stderr: p.stdio.Stderr, Terminal: p.stdio.Terminal,
+	}
+	if r.ExecID != "" {
+		resp.ID = r.ExecID
+	}
+	if !exitedAt.IsZero() {
+		resp.ExitedAt = timestamppb.New(exitedAt)
+	}
+	return resp, nil
+}
+
+// Pids returns the host process that stands for the container. The guest's own
+// pids mean nothing on the host and never leave it.
+func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
+	c, err := s.container(r.ID)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	resp := &taskapi.PidsResponse{}
+	if state, _, _ := c.init.snapshot(); state != statusStopped {
+		resp.Processes = []*task.ProcessInfo{{Pid: c.pid()}}
+	}
+	return resp, nil
+}
+
+// Connect returns the shim's pid and the container's.
+func (s *service) Connect(ctx context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
+	resp := &taskapi.ConnectResponse{ShimPid: uint32(os.Getpid())}
+	if c := s.lookup(r.ID); c != nil {
+		resp.TaskPid = c.pid()
+	}
+	return resp, nil
+}
+
+// Wait returns when the process has exited, whether or not its output was read.
+func (s *service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
+	_, p, err := s.find(r.ID, r.ExecID)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	if err := p.wait(ctx); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	_, status, exitedAt := p.snapshot()
+	return &taskapi.WaitResponse{ExitStatus: status, ExitedAt: timestamppb.New(exitedAt)}, nil
+}
+
+// Checkpoint cannot be done: CRIU inside the guest would save state that only
+// this virtual machine can restore.
+func (s *service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	return nil, errgrpc.ToGRPC(fmt.Errorf("checkpoint container %s: not supported in a virtual machine: %w", r.ID, errdefs.ErrNotImplemented))
+}
+
+// Shutdown ends the sandbox and the shim once no container is left.
+func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
+	s.mu.Lock()
+	n := len(s.containers)
+	s.mu.Unlock()
+	if n > 0 {
+		return empty, nil
+	}
+	s.shutdown.Shutdown()
+	return empty, nil
+}
+
+// stopSandbox ends the virtual machine, if there is one. Idempotent.
+func (s *service) stopSandbox(ctx context.Context) error {
+	s.mu.Lock()
+	sb := s.sandbox
+	s.mu.Unlock()
+	if sb == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	return sb.Stop(ctx)
+}
+
+// follow takes the guest's events until the virtual machine has ended, and then
+// lets every process exit that still had not.
+func (s *service) follow(sb *sandbox.Sandbox) {
+	err := sb.Events(s.ctx, func(ev *api.Event) { s.guestEvent(s.ctx, ev) })
+	select {
+	case <-sb.Dead():
+	case <-s.ctx.Done():
+		return
+	default:
+		ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
+		defer cancel()
+		if err := sb.Kill(ctx, err); err != nil {
+			log.G(ctx).WithError(err).Error("kill virtual machine")
+		}
+	}
+	if err := sb.Err(); err != nil {
+		log.G(s.ctx).WithError(err).Error("virtual machine ended")
+	}
+	s.mu.Lock()
+	all := make([]*container, 0, len(s.containers))
+	for _, c := range s.containers {
+		all = append(all, c)
+	}
+	s.mu.Unlock()
+	now := time.Now()
+	for _, c := range all {
+		for _, p := range c.processes() {
+			if state, _, _ := p.snapshot(); state != task.Status_UNKNOWN {
+				s.exited(c, p, statusKilled, now)
+			}
+		}
+	}
+}

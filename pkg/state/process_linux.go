@@ -1,0 +1,139 @@
+package state
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Process names a process so that another that has its pid later is not taken
+// for it. The zero value names none.
+type Process struct {
+	Pid int `json:"pid"`
+	// StartTime is in clock ticks since boot (proc_pid_stat(5), field 22).
+	StartTime uint64 `json:"startTime"`
+}
+
+// Find returns the process that has this pid now. It is errdefs.ErrNotFound
+// when there is none.
+func Find(pid int) (Process, error) {
+	if pid <= 0 {
+		return Process{}, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
+	}
+	start, _, err := stat(pid)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return Process{}, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return Process{}, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return Process{Pid: pid, StartTime: start}, nil
+}
+
+// Alive reports whether the process runs; a zombie does not.
+func (p Process) Alive() bool {
+	if p.Pid <= 0 {
+		return false
+	}
+	start, status, err := stat(p.Pid)
+	return err == nil && start == p.StartTime && status != 'Z' && status != 'X'
+}
+
+// Kill sends SIGKILL to this very process, and never to another that has its
+// pid now. Nil when it is gone.
+func (p Process) Kill() error {
+	fd, err := p.open()
+	if err != nil || fd < 0 {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", p.Pid, err)
+	}
+	return nil
+}
+
+// Wait returns once the process has ended, or with ctx's error. Nil when it is
+// gone.
+func (p Process) Wait(ctx context.Context) error {
+	fd, err := p.open()
+	if err != nil || fd < 0 {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), "pidfd")
+	defer f.Close()
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("wait for process %d: %w", p.Pid, err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	// A pidfd becomes readable when its process ends (pidfd_open(2)).
+	if err := conn.Read(func(fd uintptr) bool { return readable(int(fd)) }); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("wait for process %d: %w", p.Pid, err)
+	}
+	return nil
+}
+
+// open returns a non-blocking pidfd of this very process, or -1 when it is gone.
+func (p Process) open() (int, error) {
+	if p.Pid <= 0 {
+		return -1, nil
+	}
+	fd, err := unix.PidfdOpen(p.Pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return -1, nil
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open process %d: %w", p.Pid, err)
+	}
+	// Only now, as the pid cannot go to another process any more unnoticed.
+	if !p.Alive() {
+		unix.Close(fd)
+		return -1, nil
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("open process %d: %w", p.Pid, err)
+	}
+	return fd, nil
+}
+
+func readable(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return n > 0 && err == nil
+}
+
+// stat returns a process's start time and status.
+func stat(pid int) (start uint64, status byte, err error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, 0, err
+	}
+	return parseStat(b)
+}
+
+// parseStat takes the third and the 22nd field of /proc/<pid>/stat. The second
+// is the command's name, in which there may be anything, in parentheses.
+func parseStat(b []byte) (start uint64, status byte, err error) {
+	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(fields) < 20 {
+		return 0, 0, fmt.Errorf("stat %q: too short", b)
+	}
+	start, err = strconv.ParseUint(string(fields[19]), 10, 64)
+	if err != nil {
+		return 0, 0, fmt.Errorf("stat %q: %w", b, err)
+	}
+	return start, fields[0][0], nil
+}

@@ -1,0 +1,173 @@
+package stdio
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// handle refers to a file without opening it, so that what was looked at is
+// what gets opened, any number of times and even after the path was removed.
+type handle struct {
+	f    *os.File
+	fifo bool
+}
+
+func openHandle(path string) (*handle, error) {
+	f, err := os.OpenFile(path, unix.O_PATH, 0)
+	if err != nil {
+		return nil, cause(err)
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, cause(err)
+	}
+	return &handle{f: f, fifo: fi.Mode().Type() == fs.ModeNamedPipe}, nil
+}
+
+func (h *handle) close() { h.f.Close() }
+
+func (h *handle) open(flag int) (*os.File, error) {
+	f, err := os.OpenFile(h.path(), flag, 0)
+	if err != nil {
+		return nil, cause(err)
+	}
+	return f, nil
+}
+
+func (h *handle) path() string { return fmt.Sprintf("/proc/self/fd/%d", h.f.Fd()) }
+
+// hold opens an end of a FIFO whose other end is open in this process, only to
+// keep it open. It stays out of the runtime's poller, which would else wake up
+// for every transfer.
+func (h *handle) hold(flag int) (*os.File, error) {
+	for {
+		fd, err := unix.Open(h.path(), flag|unix.O_CLOEXEC, 0)
+		switch err {
+		case nil:
+			return os.NewFile(uintptr(fd), h.f.Name()), nil
+		case unix.EINTR:
+		default:
+			return nil, err
+		}
+	}
+}
+
+// input is the client's stdin: a FIFO, or any file.
+type input struct {
+	r *os.File
+	// writer is a write end of the FIFO: while it is open the FIFO does not
+	// end, whatever clients come and go. Nil with other files.
+	writer *os.File
+}
+
+// openInput does not wait for a writer.
+func openInput(path string) (*input, error) {
+	h, err := openHandle(path)
+	if err != nil {
+		return nil, err
+	}
+	defer h.close()
+	r, err := h.open(os.O_RDONLY | unix.O_NONBLOCK)
+	if err != nil {
+		return nil, err
+	}
+	in := &input{r: r}
+	if h.fifo {
+		if in.writer, err = h.hold(unix.O_WRONLY); err != nil {
+			r.Close()
+			return nil, err
+		}
+	}
+	return in, nil
+}
+
+// release lets the FIFO end with the last client. Idempotent.
+func (in *input) release() error {
+	if in.writer == nil {
+		return nil
+	}
+	if err := in.writer.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// close ends a read that waits. Idempotent.
+func (in *input) close() {
+	in.release()
+	in.r.Close()
+}
+
+// openOutput opens a FIFO for writing once it has a reader, or any other file
+// for appending.
+//
+// A read end is held open as well: a client that goes away and comes back (a
+// restart of containerd, for one) costs the process neither an EPIPE nor a
+// byte of what the FIFO holds. It must not be opened before the client's
+// reader is there, since a FIFO that nobody else opens takes its content with
+// it when it is closed.
+func openOutput(ctx context.Context, path string) (output, error) {
+	h, err := openHandle(path)
+	if err != nil {
+		return nil, err
+	}
+	defer h.close()
+	if !h.fifo {
+		f, err := h.open(os.O_WRONLY | os.O_APPEND)
+		if err != nil {
+			return nil, err
+		}
+		return files{f}, nil
+	}
+	// fifo(7): without a reader ENXIO. A reader that still waits in open(2)
+	// for a writer counts.
+	w, err := h.open(os.O_WRONLY | unix.O_NONBLOCK)
+	if errors.Is(err, unix.ENXIO) {
+		w, err = h.awaitReader(ctx)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r, err := h.hold(unix.O_RDONLY)
+	if err != nil {
+		w.Close()
+		return nil, err
+	}
+	return files{w, r}, nil
+}
+
+// awaitReader opens the FIFO for writing as soon as it has a reader. There is
+// no other event for that than open(2) itself, which blocks a thread.
+func (h *handle) awaitReader(ctx context.Context) (*os.File, error) {
+	type result struct {
+		f   *os.File
+		err error
+	}
+	opened := make(chan result, 1)
+	go func() {
+		f, err := h.open(os.O_WRONLY)
+		opened <- result{f, err}
+	}()
+	select {
+	case r := <-opened:
+		return r.f, r.err
+	case <-ctx.Done():
+	}
+	// A reader of our own ends the wait. It has to stay until then: the
+	// other thread may not have reached open(2) yet.
+	reader, err := h.hold(unix.O_RDONLY | unix.O_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("cancel wait for a reader: %w", err)
+	}
+	defer reader.Close()
+	if r := <-opened; r.err == nil {
+		r.f.Close()
+	}
+	return nil, fmt.Errorf("no reader: %w", ctx.Err())
+}

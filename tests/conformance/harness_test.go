@@ -1,0 +1,394 @@
+// Package conformance drives the shim binary as containerd does, over ttrpc,
+// without containerd: what the Task API promises, with a real virtual machine
+// behind it.
+package conformance
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	eventsapi "github.com/containerd/containerd/api/services/ttrpc/events/v1"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+// callTimeout bounds each request of a test.
+const callTimeout = 90 * time.Second
+
+const namespace = "conformance"
+
+// shimDir is where `make build` puts the binaries.
+func shimDir(t testing.TB) string {
+	dir := os.Getenv("VMRT_BIN")
+	if dir == "" {
+		dir = "../../bin"
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// requireVM skips the test where no virtual machine can run, and fails it where
+// one must (VMRT_REQUIRE_VM).
+func requireVM(t testing.TB) {
+	t.Helper()
+	missing := ""
+	switch {
+	case os.Geteuid() != 0:
+		missing = "needs root"
+	case !exists(filepath.Join(shimDir(t), "containerd-shim-vmrt-v2")) || !exists(filepath.Join(shimDir(t), "guest")):
+		missing = "needs `make build`"
+	default:
+		if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+			missing = "needs qemu-system-x86_64"
+		}
+	}
+	if missing == "" {
+		return
+	}
+	if os.Getenv("VMRT_REQUIRE_VM") != "" {
+		t.Fatal("VMRT_REQUIRE_VM is set: " + missing)
+	}
+	t.Skip(missing)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// events is a containerd that only takes events.
+type events struct {
+	mu  sync.Mutex
+	all []any
+	new chan struct{}
+}
+
+func (e *events) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
+	v, err := typeurl.UnmarshalAny(r.GetEnvelope().GetEvent())
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.all = append(e.all, v)
+	close(e.new)
+	e.new = make(chan struct{})
+	return &emptypb.Empty{}, nil
+}
+
+// list returns the events so far and a channel that is closed at the next.
+func (e *events) list() ([]any, <-chan struct{}) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return append([]any(nil), e.all...), e.new
+}
+
+// waitFor returns the first event that match accepts.
+func waitFor[T any](t testing.TB, e *events, match func(T) bool) T {
+	t.Helper()
+	timeout := time.After(callTimeout)
+	for {
+		all, more := e.list()
+		for _, ev := range all {
+			if v, ok := ev.(T); ok && match(v) {
+				return v
+			}
+		}
+		select {
+		case <-more:
+		case <-timeout:
+			var zero T
+			t.Fatalf("no event %T came that matches; have %v", zero, describe(all))
+		}
+	}
+}
+
+func describe(all []any) string {
+	var b strings.Builder
+	for _, ev := range all {
+		fmt.Fprintf(&b, "%T{%v} ", ev, ev)
+	}
+	return b.String()
+}
+
+// shim is a running shim with the bundle of its first container.
+type shim struct {
+	t      testing.TB
+	id     string
+	bundle string
+	dir    string
+	events *events
+	client *ttrpc.Client
+	task   taskapi.TTRPCTaskService
+	log    *bytes.Buffer
+	config string
+	ctx    context.Context
+}
+
+// options change what newShim makes.
+type options struct {
+	// spec changes the OCI spec before it is written.
+	spec func(*specs.Spec)
+	// config is the configuration file's content, beside the default.
+	config string
+	// rootfs changes the root file system.
+	rootfs func(dir string)
+}
+
+var nextID struct {
+	sync.Mutex
+	n int
+}
+
+func newID() string {
+	nextID.Lock()
+	defer nextID.Unlock()
+	nextID.n++
+	return fmt.Sprintf("c%d-%d", os.Getpid(), nextID.n)
+}
+
+// newShim starts the shim binary for a new container and connects to it. It is
+// shut down, and looked over for what it left, at the end of the test.
+func newShim(t testing.TB, o options) *shim {
+	t.Helper()
+	requireVM(t)
+	s := &shim{t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})}, log: &bytes.Buffer{}}
+	s.ctx = namespaces.WithNamespace(context.Background(), namespace)
+	s.writeConfig(o.config)
+	s.bundle = s.writeBundle(s.id, o)
+	address := s.serveEvents()
+	s.start(address)
+	t.Cleanup(s.end)
+	return s
+}
+
+func (s *shim) writeConfig(extra string) {
+	s.config = filepath.Join(s.dir, "config.toml")
+	content := fmt.Sprintf("state_dir = %q\n%s\n", filepath.Join(s.dir, "state"), extra)
+	if err := os.WriteFile(s.config, []byte(content), 0o644); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// writeBundle makes a bundle with a busybox root file system.
+func (s *shim) writeBundle(id string, o options) string {
+	bundle := filepath.Join(s.dir, "bundles", id)
+	rootfs := filepath.Join(bundle, "rootfs")
+	makeRootfs(s.t, rootfs)
+	if o.rootfs != nil {
+		o.rootfs(rootfs)
+	}
+	spec := defaultSpec(id)
+	if o.spec != nil {
+		o.spec(spec)
+	}
+	b, err := json.Marshal(spec)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, "config.json"), b, 0o644); err != nil {
+		s.t.Fatal(err)
+	}
+	return bundle
+}
+
+// serveEvents listens as containerd's event service.
+func (s *shim) serveEvents() string {
+	path := filepath.Join(s.dir, "events.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	eventsapi.RegisterTTRPCEventsService(server, s.events)
+	go server.Serve(context.Background(), l)
+	s.t.Cleanup(func() { server.Close() })
+	return path
+}
+
+// start runs `shim start` and connects to the address that it prints.
+func (s *shim) start(events string) {
+	s.t.Helper()
+	s.openLog()
+	params, err := proto.Marshal(&bootapi.BootstrapParams{
+		InstanceID: s.id, Namespace: namespace, LogLevel: bootapi.LogLevel_LOG_LEVEL_DEBUG,
+		ContainerdGrpcAddress: filepath.Join(s.dir, "containerd.sock"), ContainerdTtrpcAddress: events,
+		SocketDir: proto.String(s.socketDir()),
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	out := s.runBinary(bytes.NewReader(params), "start")
+	var result bootapi.BootstrapResult
+	if err := proto.Unmarshal(out, &result); err != nil {
+		s.t.Fatalf("shim start printed %q: %v", out, err)
+	}
+	if result.Version != 3 || result.Protocol != "ttrpc" {
+		s.t.Fatalf("shim start = version %d, protocol %q; want 3, ttrpc", result.Version, result.Protocol)
+	}
+	conn, err := net.Dial("unix", strings.TrimPrefix(result.Address, "unix://"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.client = ttrpc.NewClient(conn)
+	s.task = taskapi.NewTTRPCTaskClient(s.client)
+}
+
+// socketDir is short: a unix socket's path has at most 107 bytes.
+func (s *shim) socketDir() string {
+	dir, err := os.MkdirTemp("", "vs")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		left, _ := os.ReadDir(dir)
+		for _, f := range left {
+			s.t.Errorf("socket left behind: %s", f.Name())
+		}
+		os.RemoveAll(dir)
+	})
+	return dir
+}
+
+// runBinary runs the shim binary in the bundle, as containerd does.
+func (s *shim) runBinary(stdin io.Reader, action string) []byte {
+	s.t.Helper()
+	cmd := exec.Command(filepath.Join(shimDir(s.t), "containerd-shim-vmrt-v2"),
+		"-namespace", namespace, "-id", s.id, "-address", filepath.Join(s.dir, "containerd.sock"),
+		"-bundle", s.bundle, "-debug", action)
+	cmd.Dir = s.bundle
+	cmd.Env = append(os.Environ(), "TTRPC_ADDRESS="+filepath.Join(s.dir, "events.sock"), "VMRT_CONFIG="+s.config)
+	cmd.Stdin = stdin
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		s.t.Fatalf("shim %s: %v: %s", action, err, stderr.Bytes())
+	}
+	if stderr.Len() > 0 && action == "start" {
+		s.t.Errorf("shim start wrote to stderr: %s", stderr.Bytes())
+	}
+	return stdout.Bytes()
+}
+
+// openLog reads the shim's log FIFO, which is shown when the test fails.
+func (s *shim) openLog() {
+	path := filepath.Join(s.bundle, "log")
+	if err := syscall.Mkfifo(path, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var mu sync.Mutex
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := f.Read(buf)
+			mu.Lock()
+			s.log.Write(buf[:n])
+			mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	s.t.Cleanup(func() {
+		f.Close()
+		<-done
+		if s.t.Failed() || testing.Verbose() {
+			mu.Lock()
+			defer mu.Unlock()
+			s.t.Logf("shim's log:\n%s", s.log.Bytes())
+		}
+	})
+}
+
+// end shuts the shim down and fails the test for anything that is left.
+func (s *shim) end() {
+	ctx, cancel := context.WithTimeout(s.ctx, callTimeout)
+	defer cancel()
+	pid := 0
+	if c, err := s.task.Connect(ctx, &taskapi.ConnectRequest{ID: s.id}); err == nil {
+		pid = int(c.ShimPid)
+	}
+	if pid != 0 {
+		s.task.Kill(ctx, &taskapi.KillRequest{ID: s.id, Signal: uint32(syscall.SIGKILL), All: true})
+		s.task.Wait(ctx, &taskapi.WaitRequest{ID: s.id})
+		s.task.Delete(ctx, &taskapi.DeleteRequest{ID: s.id})
+		s.task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: s.id})
+		s.waitGone(pid)
+	}
+	s.client.Close()
+	s.checkLeftovers()
+}
+
+// waitGone waits for the end of a process that is not this one's child.
+func (s *shim) waitGone(pid int) {
+	s.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for syscall.Kill(pid, 0) == nil {
+		if time.Now().After(deadline) {
+			s.t.Errorf("shim %d still runs after Shutdown", pid)
+			syscall.Kill(pid, syscall.SIGKILL)
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// checkLeftovers fails the test if anything of the sandbox is left on the host.
+func (s *shim) checkLeftovers() {
+	s.t.Helper()
+	if left, _ := filepath.Glob(filepath.Join(s.dir, "state", "*", "*")); len(left) > 0 {
+		s.t.Errorf("state left behind: %v", left)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, s.dir) {
+			s.t.Errorf("mount left behind: %s", line)
+		}
+	}
+	filepath.WalkDir("/sys/fs/cgroup", func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && strings.Contains(d.Name(), s.id) {
+			s.t.Errorf("cgroup left behind: %s", path)
+		}
+		return nil
+	})
+	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range procs {
+		b, _ := os.ReadFile(p)
+		if bytes.Contains(b, []byte(s.id)) {
+			s.t.Errorf("process left behind: %s: %q", p, b)
+		}
+	}
+}

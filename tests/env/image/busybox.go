@@ -1,0 +1,80 @@
+package image
+
+import (
+	"debug/elf"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+)
+
+// BusyboxName is the name under which tests and the demonstration import the
+// image of Busybox.
+const BusyboxName = "docker.io/library/busybox:latest"
+
+// Passwd and Group are the user databases of the images made here.
+const (
+	Passwd = "root:x:0:0:root:/root:/bin/sh\n" +
+		"daemon:x:1:1:daemon:/:/bin/false\n" +
+		"www-data:x:1002:1002::/www:/bin/sh\n" +
+		"nobody:x:65534:65534:nobody:/:/bin/false\n"
+	Group = "root:x:0:\ndaemon:x:1:\nwww-data:x:1002:\nextra:x:50000:www-data\nnogroup:x:65534:\n"
+)
+
+// Busybox returns a small image with a shell, made of this machine's static
+// busybox (Debian: busybox-static), every applet a hard link.
+func Busybox() (Image, error) {
+	l, err := BusyboxLayer()
+	if err != nil {
+		return Image{}, err
+	}
+	return Image{
+		Name: BusyboxName,
+		Config: Config{
+			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+			Cmd: []string{"sh"},
+		},
+		Layers: []*Layer{l},
+	}, nil
+}
+
+// BusyboxLayer returns the layer of Busybox, for images built on top.
+func BusyboxLayer() (*Layer, error) {
+	bin, err := exec.LookPath("busybox")
+	if err != nil {
+		return nil, fmt.Errorf("make busybox image: %w", err)
+	}
+	if err := checkStatic(bin); err != nil {
+		return nil, fmt.Errorf("make busybox image: %w", err)
+	}
+	out, err := exec.Command(bin, "--list").Output()
+	if err != nil {
+		return nil, fmt.Errorf("make busybox image: list applets of %s: %w", bin, err)
+	}
+	l := NewLayer()
+	l.Dir(0o755, "bin", "dev", "etc", "home", "mnt", "proc", "sys", "usr", "usr/bin", "usr/sbin", "sbin", "var", "www")
+	l.Dir(0o700, "root").Dir(0o1777, "tmp", "var/tmp").Symlink("var/run", "/run").Dir(0o755, "run")
+	l.File("etc/passwd", 0o644, []byte(Passwd)).File("etc/group", 0o644, []byte(Group))
+	l.HostFile("bin/busybox", 0o755, bin)
+	for _, applet := range strings.Fields(string(out)) {
+		if applet != "busybox" {
+			l.Hardlink("bin/"+applet, 0o755, "bin/busybox")
+		}
+	}
+	return l, nil
+}
+
+// checkStatic returns an error when the program needs a dynamic linker.
+func checkStatic(bin string) error {
+	f, err := elf.Open(bin)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", bin, err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return errors.New(bin + " is dynamically linked: want Debian's busybox-static")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,37 @@
+#!/bin/busybox sh
+# Init of the nested machine: makes the outer machine's files the root, under
+# an overlay that forgets, runs /command there, and turns the machine off.
+B=/bin/busybox
+$B mount -t proc proc /proc
+$B mount -t sysfs sysfs /sys
+$B mount -t devtmpfs dev /dev
+while read -r module; do
+	$B insmod "/modules/$module" || echo "lab: insmod $module: exit code $?" >&2
+done </modules/order
+
+finish() {
+	echo "$1" >/dev/vport0p2
+	$B sync
+	$B reboot -f
+}
+need() { "$@" || { echo "lab: $* failed" >&2; finish setup; }; }
+
+need $B mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose root /lower
+need $B mount -t tmpfs upper /upper
+$B mkdir /upper/files /upper/work
+need $B mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work root /root
+for d in proc sys dev; do need $B mount -o rbind "/$d" "/root/$d"; done
+$B mkdir -p /root/dev/shm /root/dev/pts
+need $B mount -t tmpfs shm /root/dev/shm
+need $B mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /root/dev/pts
+need $B mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
+need $B mount -t tmpfs -o mode=755 run /root/run
+# Scratch files live on tmpfs: an overlay cannot hold another one's upper layer.
+$B mkdir -m 1777 /root/run/tmp
+$B ip link set lo up
+$B hostname lab
+cp_out() { [ ! -s /out ] || { d="/root$($B cat /out)"; $B mkdir -p "$d" && $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 out "$d"; }; }
+need cp_out
+$B cp /command /root/run/lab-command
+$B chroot /root /bin/sh /run/lab-command </dev/null >/dev/vport0p1 2>&1
+finish $?
