@@ -49,7 +49,7 @@ backports_lists() {
 # install_go: a Go that can fetch the toolchain that go.mod asks for.
 install_go() {
 	local codename package
-	"$HACK/go" -path >/dev/null 2>&1 && return
+	"$HACK/bin/go" -path >/dev/null 2>&1 && return
 	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
 	[[ $(id -u) == 0 ]] || die "run as root: Go is missing"
 	[[ $codename != bookworm ]] || backports_lists "$codename"
@@ -59,7 +59,7 @@ install_go() {
 	[[ $package ]] || die "no Go among the package sources"
 	need "$package"
 	unset APT_CONFIG
-	"$HACK/go" -path >/dev/null
+	"$HACK/bin/go" -path >/dev/null
 }
 
 packages=()

@@ -56,7 +56,7 @@ func Run(version string) error {
 	var phases boot.Phases
 	phases.Mark("start")
 	reaped := reap()
-	if err := boot.Early(); err != nil {
+	if err := boot.Early(&phases); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
 	cmdline, err := boot.ReadCmdline()
@@ -70,17 +70,19 @@ func Run(version string) error {
 	if err != nil {
 		return err
 	}
+	phases.Mark("listening")
 	host, err := dialHost(cmdline.Port)
 	if err != nil {
 		return err
 	}
+	phases.Mark("dialled")
 	if err := sayHello(host, version); err != nil {
 		return err
 	}
 	phases.Mark("hello")
 
 	// The host's answer takes a while; what containers need fits into it.
-	lateErr := boot.Late()
+	lateErr := boot.Late(&phases)
 	a, err := newAgent(background(boot.LateModules), func() { halt.PowerOff(reaped) })
 	if err != nil {
 		return err

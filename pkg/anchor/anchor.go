@@ -65,7 +65,8 @@ type Bind struct {
 	Source string
 	// Target is the path in the container. It is resolved inside Root, never
 	// outside, whatever symbolic links Root holds; one that does not exist
-	// there, or is not of the source's kind (folder or not), is left out.
+	// there, is Root itself, or is not of the source's kind (folder or not),
+	// is left out.
 	Target string
 }
 
@@ -122,7 +123,8 @@ func Start(ns *podns.Namespaces, cfg Config) (*Anchor, error) {
 	return &Anchor{proc: proc}, nil
 }
 
-// release lets the anchor go on and waits until it has given up its privileges.
+// release lets the anchor go on and waits until it has given up its privileges,
+// when it writes a byte, and then its files, when the pipe ends.
 func release(goWrite io.Writer, okRead *os.File) error {
 	if err := okRead.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
 		return err
@@ -130,10 +132,9 @@ func release(goWrite io.Writer, okRead *os.File) error {
 	if _, err := goWrite.Write([]byte{0}); err != nil {
 		return err
 	}
-	var b [1]byte
-	_, err := io.ReadFull(okRead, b[:])
-	if errors.Is(err, io.EOF) {
-		return errors.New("it could not give up its privileges")
+	b, err := io.ReadAll(okRead)
+	if err == nil && len(b) != 1 {
+		err = errors.New("it could not give up its privileges")
 	}
 	return err
 }

@@ -266,6 +266,8 @@ func TestBinds(t *testing.T) {
 		{Source: dir, Target: "/conf"},  // a folder on a file
 		{Source: dir, Target: "/missing"},
 		{Source: dir, Target: ""},
+		{Source: dir, Target: "/"},
+		{Source: dir, Target: "/dots"}, // the root by another name
 	}})
 	for path, want := range map[string]string{
 		"data/f":        "of the host",

@@ -71,8 +71,8 @@ func bind(root int, b Bind) error {
 		return err
 	}
 	defer unix.Close(source)
-	same, err := sameKind(source, target)
-	if err != nil || !same {
+	fits, err := fits(source, target, root)
+	if err != nil || !fits {
 		return err
 	}
 	err = unix.MoveMount(source, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
@@ -85,14 +85,15 @@ func bind(root int, b Bind) error {
 	return nil
 }
 
-// sameKind reports whether both or neither are folders.
-func sameKind(a, b int) (bool, error) {
-	var sa, sb unix.Stat_t
-	if err := unix.Fstat(a, &sa); err != nil {
-		return false, err
+// fits reports whether source and target are both folders or both not, and
+// target is not the root itself, which has to stay in sight.
+func fits(source, target, root int) (bool, error) {
+	var s, t, r unix.Stat_t
+	for fd, st := range map[int]*unix.Stat_t{source: &s, target: &t, root: &r} {
+		if err := unix.Fstat(fd, st); err != nil {
+			return false, fmt.Errorf("stat: %w", err)
+		}
 	}
-	if err := unix.Fstat(b, &sb); err != nil {
-		return false, err
-	}
-	return sa.Mode&unix.S_IFMT == unix.S_IFDIR == (sb.Mode&unix.S_IFMT == unix.S_IFDIR), nil
+	isRoot := t.Dev == r.Dev && t.Ino == r.Ino
+	return !isRoot && s.Mode&unix.S_IFMT == unix.S_IFDIR == (t.Mode&unix.S_IFMT == unix.S_IFDIR), nil
 }

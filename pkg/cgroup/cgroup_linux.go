@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -170,36 +171,69 @@ func (c *Cgroup) warn(w string) {
 	}
 }
 
-// Start starts cmd in the cgroup by calling start, or cmd.Start when that is
-// nil. On cgroup v2 the process is in it from its first instruction, else it is
-// moved at once. When it cannot be moved it is killed, and cmd waited for. The
-// caller must not use cmd.SysProcAttr for a cgroup.
-func (c *Cgroup) Start(cmd *exec.Cmd, start func(*exec.Cmd) error) error {
-	if start == nil {
-		start = (*exec.Cmd).Start
+// Start starts cmd, as cmd.Start does, in the cgroup: the process is in it from
+// its first instruction, so that no child of it can be elsewhere. Where the
+// kernel does not let that be it is moved at once. When it cannot be moved it
+// is killed and waited for.
+//
+// The calling thread is cmd's parent; on cgroup v1 it is in the cgroup itself
+// meanwhile. cmd.SysProcAttr must not name another cgroup.
+func (c *Cgroup) Start(cmd *exec.Cmd) error {
+	if err := c.start(cmd); err != nil {
+		return fmt.Errorf("start %s in cgroup %s: %w", cmd.Path, c.path, err)
 	}
-	done := map[string]bool{}
-	if i := slices.IndexFunc(c.places, func(p place) bool { return p.v2 }); i >= 0 && cloneIntoCgroup() {
-		dir, err := os.OpenFile(c.places[i].dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	return nil
+}
+
+func (c *Cgroup) start(cmd *exec.Cmd) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+
+	in := map[string]bool{} // the folders of places that need no move after
+	var leave []func() error
+	for _, p := range c.places {
+		if !p.v2 {
+			if l, err := p.enter(); err == nil {
+				leave = append(leave, l)
+				in[p.dir] = true
+			}
+			continue
+		}
+		if !cloneIntoCgroup() {
+			continue
+		}
+		dir, err := os.OpenFile(p.dir, unix.O_PATH|unix.O_DIRECTORY, 0)
 		if err != nil {
-			return fmt.Errorf("start %s in cgroup %s: %w", cmd.Path, c.path, err)
+			return err
 		}
 		defer dir.Close()
 		if cmd.SysProcAttr == nil {
 			cmd.SysProcAttr = &syscall.SysProcAttr{}
 		}
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
-		done[c.places[i].dir] = true
+		in[p.dir] = true
 	}
-	if err := start(cmd); err != nil {
-		return err
+	started := cmd.Start()
+	var errs []error
+	for _, l := range leave {
+		errs = append(errs, l())
 	}
-	if err := c.add(cmd.Process.Pid, done); err != nil {
+	err := errors.Join(errs...)
+	if err != nil {
+		// Nothing else may run on this thread: it ends with this goroutine.
+		runtime.LockOSThread()
+	}
+	if started != nil {
+		return errors.Join(started, err)
+	}
+	if err == nil {
+		err = c.add(cmd.Process.Pid, in)
+	}
+	if err != nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
-		return fmt.Errorf("start %s in cgroup %s: %w", cmd.Path, c.path, err)
 	}
-	return nil
+	return err
 }
 
 // cloneIntoCgroup reports whether a process can be started in a cgroup: with
@@ -263,24 +297,27 @@ func (c *Cgroup) Pids() ([]int, error) {
 func (c *Cgroup) Kill(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
 	defer cancel()
-	for _, p := range c.places {
-		backoff := minBackoff
-		for {
-			pids, err := p.pids()
-			if err == nil && len(pids) > 0 {
-				if err = p.kill(); err == nil {
-					err = p.awaitChange(ctx, &backoff)
-				}
-			}
-			if err != nil {
-				return fmt.Errorf("kill processes of cgroup %s: %w%s", c.path, err, left(pids))
-			}
-			if len(pids) == 0 {
-				break
-			}
+	backoff := minBackoff
+	for {
+		pids, err := c.Pids()
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		for _, p := range c.places {
+			p.thaw()
+		}
+		var errs []error
+		for _, p := range c.places {
+			errs = append(errs, p.kill())
+		}
+		if err = errors.Join(errs...); err == nil {
+			// The first place is the one that tells of a change, if any does.
+			err = c.places[0].awaitChange(ctx, &backoff)
+		}
+		if err != nil {
+			return fmt.Errorf("kill processes of cgroup %s: %w%s", c.path, err, left(pids))
 		}
 	}
-	return nil
 }
 
 // left names the processes that are left, at most ten.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -83,10 +84,16 @@ func each(t *testing.T, test func(t *testing.T, hs []hierarchy, c *Cgroup)) {
 func start(t *testing.T, c *Cgroup, script string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", script)
-	if err := c.Start(cmd, nil); err != nil {
+	if err := c.Start(cmd); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	t.Cleanup(func() {
+		if err := c.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
 	return cmd
 }
 
@@ -97,7 +104,7 @@ func TestStartAndKill(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.Start(cmd, nil); err != nil {
+		if err := c.Start(cmd); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := out.Read(make([]byte, 8)); err != nil {
@@ -149,35 +156,38 @@ func zombie(pid int) bool {
 	return err != nil || bytes.Contains(b, []byte(") Z "))
 }
 
-// TestStartIsAtomic has the program itself read where it is: on cgroup v2 it
-// never ran anywhere else.
+// TestStartIsAtomic has the program itself read where it is: it never ran
+// anywhere else. The thread that started it is where it was.
 func TestStartIsAtomic(t *testing.T) {
-	if !cloneIntoCgroup() {
-		t.Skip("no clone3")
-	}
 	each(t, func(t *testing.T, _ []hierarchy, c *Cgroup) {
-		if !c.places[0].v2 {
-			t.Skip("cgroup v1")
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		before, err := os.ReadFile("/proc/thread-self/cgroup")
+		if err != nil {
+			t.Fatal(err)
 		}
 		var out bytes.Buffer
 		cmd := exec.Command("cat", "/proc/self/cgroup")
 		cmd.Stdout = &out
-		wrapped := false
-		if err := c.Start(cmd, func(cmd *exec.Cmd) error { wrapped = true; return cmd.Start() }); err != nil {
+		if err := c.Start(cmd); err != nil {
 			t.Fatal(err)
+		}
+		after, err := os.ReadFile("/proc/thread-self/cgroup")
+		if !bytes.Equal(before, after) || err != nil {
+			t.Errorf("the thread was in %q and is in %q, error %v", before, after, err)
 		}
 		if err := cmd.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		if want := "0::" + c.Path() + "\n"; !wrapped || !strings.Contains(out.String(), want) {
-			t.Errorf("the process was in %q; want %q", out.String(), want)
+		if got, want := strings.Count(out.String(), ":"+c.Path()+"\n"), len(c.places); got != want {
+			t.Errorf("the process was in the cgroup in %d hierarchies; want %d: %s", got, want, out.String())
 		}
 	})
 }
 
 func TestStartFailure(t *testing.T) {
 	each(t, func(t *testing.T, _ []hierarchy, c *Cgroup) {
-		if err := c.Start(exec.Command("/no/such/program"), nil); !errors.Is(err, os.ErrNotExist) {
+		if err := c.Start(exec.Command("/no/such/program")); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("Start() = %v; want no such file", err)
 		}
 	})
@@ -392,7 +402,7 @@ func TestUnusableHierarchies(t *testing.T) {
 		t.Errorf("Pids() = %v, %v; want none", pids, err)
 	}
 	cmd := exec.Command("true")
-	if err := c.Start(cmd, nil); err != nil {
+	if err := c.Start(cmd); err != nil {
 		t.Error(err)
 	}
 	_ = cmd.Wait()
@@ -423,7 +433,7 @@ func BenchmarkStart(b *testing.B) {
 	}
 	for name, start := range map[string]func(*exec.Cmd) error{
 		"plain":  (*exec.Cmd).Start,
-		"cgroup": func(cmd *exec.Cmd) error { return c.Start(cmd, nil) },
+		"cgroup": func(cmd *exec.Cmd) error { return c.Start(cmd) },
 	} {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {

@@ -152,12 +152,56 @@ func (p place) pids() ([]int, error) {
 	return all, nil
 }
 
-// kill sends SIGKILL to every process that there is now.
-func (p place) kill() error {
+// thaw lets frozen processes go on where they could not die otherwise, which
+// is on cgroup v1.
+func (p place) thaw() {
 	if p.has("freezer") {
-		// Frozen processes do not die.
 		_ = write(p.dir, "freezer.state", "THAWED")
 	}
+}
+
+// enter moves the calling thread into the cgroup, of cgroup v1, and returns
+// how it gets back. What it starts is there from the beginning. A thread moves
+// itself, by writing 0, without the lock over all processes of the machine that
+// moving another takes.
+func (p place) enter() (leave func() error, err error) {
+	home, err := p.ofThread()
+	if err != nil {
+		return nil, err
+	}
+	back, err := os.OpenFile(filepath.Join(home, "tasks"), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := write(p.dir, "tasks", "0"); err != nil {
+		back.Close()
+		return nil, err
+	}
+	return func() error {
+		_, err := back.WriteString("0")
+		return errors.Join(err, back.Close())
+	}, nil
+}
+
+// ofThread returns the folder of the calling thread in this hierarchy, of
+// cgroup v1.
+func (p place) ofThread() (string, error) {
+	b, err := os.ReadFile("/proc/thread-self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		// cgroups(7): hierarchy-id:controller-list:path.
+		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(fields) == 3 && fields[1] != "" && p.has(strings.Split(fields[1], ",")[0]) {
+			return filepath.Join(p.root, fields[2]), nil
+		}
+	}
+	return "", fmt.Errorf("%s: not in /proc/thread-self/cgroup", p.hierarchy)
+}
+
+// kill sends SIGKILL to every process that there is now.
+func (p place) kill() error {
 	if p.v2 {
 		err := write(p.dir, "cgroup.kill", "1") // Since Linux 5.14.
 		if err == nil || !p.exists() {

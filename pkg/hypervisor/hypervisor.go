@@ -31,8 +31,9 @@ const (
 )
 
 // DefaultCacheDir is where facts about the host, which cost something to find
-// out, are kept until it reboots.
-const DefaultCacheDir = "/run/vmrt"
+// out, are kept until it reboots. The dot keeps it apart from the folders of
+// containerd's namespaces, whose names start with a letter or a digit.
+const DefaultCacheDir = "/run/vmrt/.cache"
 
 // Spec is everything that is fixed when a virtual machine starts.
 type Spec struct {

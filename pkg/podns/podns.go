@@ -21,7 +21,11 @@
 // to Do run one at a time.
 //
 // Not guaranteed: a function that blocks in Do blocks every later one, and
-// Close, for as long as it does.
+// Close, for as long as it does. Where the host's mounts are private, what it
+// had mounted when the pod was made stays in use by the pod until that ends,
+// even if the host unmounts it.
+//
+// Linux 5.8 or newer (setns(2) by pidfd).
 package podns
 
 import (

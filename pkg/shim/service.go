@@ -217,6 +217,11 @@ func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*em
 	if n > 0 {
 		return empty, nil
 	}
+	// containerd runs `shim delete` once this has returned: by then nothing
+	// shall be left for it.
+	if err := s.stopSandbox(ctx); err != nil {
+		log.G(ctx).WithError(err).Error("stop sandbox")
+	}
 	s.shutdown.Shutdown()
 	return empty, nil
 }

@@ -159,7 +159,8 @@ func checkLeaks(t testing.TB) {
 	t.Helper()
 	goroutines, fds := runtime.NumGoroutine(), openFDs(t)
 	t.Cleanup(func() {
-		deadline := time.Now().Add(patience)
+		// Before the garbage collector closes what was forgotten.
+		deadline := time.Now().Add(10 * time.Second)
 		for runtime.NumGoroutine() > goroutines || len(newFDs(t, fds)) > 0 {
 			if time.Now().After(deadline) {
 				buf := make([]byte, 1<<20)
@@ -349,6 +350,16 @@ func readAll(r io.Reader) <-chan []byte {
 		c <- b
 	}()
 	return c
+}
+
+// eventually waits for what has no event.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after %v", what, patience)
+		}
+	}
 }
 
 // await returns the next value of c.

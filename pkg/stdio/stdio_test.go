@@ -247,6 +247,19 @@ func TestReaderAbsent(t *testing.T) {
 	}
 }
 
+// The end of the wait is never missed, even before it has begun.
+func TestReaderGivenUpAtOnce(t *testing.T) {
+	checkLeaks(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	path := makeFIFO(t, "out")
+	for range 500 {
+		if _, err := Open(ctx, Config{ID: "web", Stdout: path}); !errors.Is(err, context.Canceled) {
+			t.Fatalf("Open() = %v; want it canceled", err)
+		}
+	}
+}
+
 func TestReaderNeverComes(t *testing.T) {
 	checkLeaks(t)
 	tm := defaultTiming
@@ -347,6 +360,7 @@ func TestReaderReturns(t *testing.T) {
 	path := s.stdout.Name()
 	s.stdout.Close()
 	s.guestOut.Write([]byte("second"))
+	eventually(t, "output without a reader", func() bool { return pending(s.io.stdout.(files)[0]) })
 	out := openReader(t, path)
 	readString(t, "stdout", out, "second")
 	s.guestOut.CloseWrite()

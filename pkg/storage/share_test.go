@@ -18,7 +18,9 @@ import (
 	"github.com/vmrt/vmrt/pkg/podns/podnstest"
 )
 
-func TestMain(m *testing.M) { podnstest.Main(m, nil) }
+func TestMain(m *testing.M) {
+	podnstest.Main(m, map[string]func(){"pod": helperPod})
+}
 
 func TestAgainShared(t *testing.T) { podnstest.AgainShared(t) }
 

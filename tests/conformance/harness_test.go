@@ -322,7 +322,7 @@ func (s *shim) openLog() {
 	s.t.Cleanup(func() {
 		f.Close()
 		<-done
-		if s.t.Failed() || testing.Verbose() {
+		if s.t.Failed() {
 			mu.Lock()
 			defer mu.Unlock()
 			s.t.Logf("shim's log:\n%s", s.log.Bytes())

@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -31,13 +33,47 @@ type streams struct {
 
 // collector reads a FIFO to its end.
 type collector struct {
-	buf  bytes.Buffer
 	done chan struct{}
+
+	mu   sync.Mutex
+	buf  bytes.Buffer
+	more chan struct{} // closed and replaced at each Write
 }
 
+func (c *collector) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.buf.Write(p)
+	close(c.more)
+	c.more = make(chan struct{})
+	return len(p), nil
+}
+
+// String waits for the end of the stream.
 func (c *collector) String() string {
 	<-c.done
 	return c.buf.String()
+}
+
+// waitFor waits until text was written.
+func (c *collector) waitFor(t testing.TB, text string) {
+	t.Helper()
+	timeout := time.After(callTimeout)
+	for {
+		c.mu.Lock()
+		got, more := c.buf.String(), c.more
+		c.mu.Unlock()
+		if strings.Contains(got, text) {
+			return
+		}
+		select {
+		case <-more:
+		case <-c.done:
+			t.Fatalf("stream ended with %q; want %q in it", got, text)
+		case <-timeout:
+			t.Fatalf("stream has %q; want %q in it", got, text)
+		}
+	}
 }
 
 // newStreams makes FIFOs and starts to read the outputs.
@@ -72,7 +108,7 @@ func newStreams(t testing.TB, stdin, terminal bool) *streams {
 
 func collect(t testing.TB, path string) *collector {
 	t.Helper()
-	c := &collector{done: make(chan struct{})}
+	c := &collector{done: make(chan struct{}), more: make(chan struct{})}
 	go func() {
 		defer close(c.done)
 		// Blocks until the shim opens its end.
@@ -81,7 +117,7 @@ func collect(t testing.TB, path string) *collector {
 			return
 		}
 		defer f.Close()
-		io.Copy(&c.buf, f)
+		io.Copy(c, f)
 	}()
 	t.Cleanup(func() {
 		select {

@@ -54,6 +54,7 @@ func (e *Env) environ() []string {
 		"LANG=C.UTF-8",
 		"CONTAINERD_ADDRESS=" + e.Socket,
 		"CONTAINERD_NAMESPACE=default",
+		"VMRT_CONFIG=" + e.vmrtConfig(),
 		"NERDCTL_TOML=" + e.nerdctlConfig(),
 		"CONTAINER_RUNTIME_ENDPOINT=unix://" + e.Socket,
 	}

@@ -47,6 +47,10 @@ type Config struct {
 	// Env holds further NAME=VALUE settings for containerd, hence for the
 	// shims that it starts.
 	Env []string
+	// VMRT is the configuration of the runtime (TOML). It is written to a
+	// file that VMRT_CONFIG names to containerd and to every command, so
+	// that the machine's own configuration never matters.
+	VMRT string
 	// Snapshotter is the CRI plugin's and nerdctl's; "overlayfs" when empty.
 	Snapshotter string
 	// ExtraConfig is appended to containerd's configuration (TOML).
@@ -124,12 +128,18 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 	if err := os.Chmod(e.Dir, 0o755); err != nil {
 		return nil, err
 	}
+	if strings.HasPrefix(e.Dir, "/run/") {
+		return nil, fmt.Errorf("TMPDIR is %s: want a folder outside /run", filepath.Dir(e.Dir))
+	}
 	e.id = filepath.Base(e.Dir)
 	e.Socket = filepath.Join(e.Dir, "containerd.sock")
 	if e.cgroups, err = newCgroups(e.id); err != nil {
 		return nil, err
 	}
 	if e.ns, err = newNamespaces(e.Dir, e.cgroups); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(e.vmrtConfig(), []byte(cfg.VMRT), 0o644); err != nil {
 		return nil, err
 	}
 	if err := e.writeConfig(); err != nil {
@@ -187,5 +197,7 @@ func (e *Env) LogTail(n int) string {
 	}
 	return string(bytes.Join(lines, nil))
 }
+
+func (e *Env) vmrtConfig() string { return filepath.Join(e.Dir, "vmrt.toml") }
 
 func (e *Env) logPath() string { return filepath.Join(e.Dir, "containerd.log") }

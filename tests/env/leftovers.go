@@ -155,7 +155,7 @@ func (e *Env) addFiles(s snapshot) error {
 				return err
 			}
 			inside := strings.TrimPrefix(path, e.Path(""))
-			if d.IsDir() && e.keptDir(inside) {
+			if e.kept(inside, d.IsDir()) {
 				return nil
 			}
 			item := "file " + inside
@@ -172,13 +172,17 @@ func (e *Env) addFiles(s snapshot) error {
 	return nil
 }
 
-// keptDir tells folders that runtimes, containerd and its clients make once
-// and keep when they are empty.
-func (e *Env) keptDir(inside string) bool {
-	for _, pattern := range []string{
-		"/run", "/run/vmrt", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
-		e.Dir + "/*/io.containerd.*", e.Dir + "/*/io.containerd.*/*", // */* is a containerd namespace
-	} {
+// kept tells what runtimes, containerd and its clients make once and keep:
+// folders that are empty now, and what was found out about the host.
+func (e *Env) kept(inside string, dir bool) bool {
+	patterns := []string{"/run/vmrt/.cache/*"}
+	if dir {
+		patterns = []string{
+			"/run", "/run/vmrt", "/run/vmrt/.cache", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
+			e.Dir + "/*/io.containerd.*", e.Dir + "/*/io.containerd.*/*", // */* is a containerd namespace
+		}
+	}
+	for _, pattern := range patterns {
 		if ok, _ := filepath.Match(pattern, inside); ok {
 			return true
 		}

@@ -54,7 +54,9 @@ func (t *Terminal) start(c *Cmd, slave *os.File) error {
 
 // Resize changes the terminal's size; the command gets SIGWINCH.
 func (t *Terminal) Resize(rows, cols uint16) error {
-	err := unix.IoctlSetWinsize(int(t.master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols})
+	err := control(t.master, func(fd int) error {
+		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: cols})
+	})
 	if err != nil {
 		return fmt.Errorf("resize terminal: %w", err)
 	}
@@ -123,10 +125,13 @@ func openPTY() (master, slave *os.File, err error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("open pseudo terminal: %w", err)
 	}
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err == nil {
-		err = unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0)
-	}
+	var n int
+	err = control(master, func(fd int) (err error) {
+		if n, err = unix.IoctlGetInt(fd, unix.TIOCGPTN); err != nil {
+			return err
+		}
+		return unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	})
 	if err == nil {
 		slave, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
 	}
@@ -135,4 +140,16 @@ func openPTY() (master, slave *os.File, err error) {
 		return nil, nil, fmt.Errorf("open pseudo terminal: %w", err)
 	}
 	return master, slave, nil
+}
+
+// control calls f with a file's descriptor, and unlike File.Fd leaves the file
+// in non-blocking mode, so that Close ends a Read.
+func control(file *os.File, f func(fd int) error) error {
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var ferr error
+	err = conn.Control(func(fd uintptr) { ferr = f(int(fd)) })
+	return errors.Join(err, ferr)
 }

@@ -9,12 +9,7 @@ while read -r module; do
 	$B insmod "/modules/$module" || echo "lab: insmod $module: exit code $?" >&2
 done </modules/order
 
-finish() {
-	echo "$1" >/dev/vport0p2
-	$B sync
-	$B reboot -f
-}
-need() { "$@" || { echo "lab: $* failed" >&2; finish setup; }; }
+need() { "$@" || { echo "lab: $* failed" >&2; $B reboot -f; }; }
 
 need $B mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose root /lower
 need $B mount -t tmpfs upper /upper
@@ -27,11 +22,17 @@ need $B mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /root/dev/pts
 need $B mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
 need $B mount -t tmpfs -o mode=755 run /root/run
 # Scratch files live on tmpfs: an overlay cannot hold another one's upper layer.
-$B mkdir -m 1777 /root/run/tmp
+need $B mount -t tmpfs -o mode=1777 tmp /root/var/tmp
 $B ip link set lo up
 $B hostname lab
 cp_out() { [ ! -s /out ] || { d="/root$($B cat /out)"; $B mkdir -p "$d" && $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 out "$d"; }; }
 need cp_out
-$B cp /command /root/run/lab-command
-$B chroot /root /bin/sh /run/lab-command </dev/null >/dev/vport0p1 2>&1
-finish $?
+$B cp /command $B /root/run/
+$B cat >/root/run/init <<'END'
+/bin/sh /run/command </dev/null >/dev/vport0p1 2>&1
+echo $? >/dev/vport0p2
+/run/busybox sync
+/run/busybox reboot -f
+END
+# Not chroot: whoever enters a mount namespace leaves a chroot.
+exec $B switch_root /root /bin/sh /run/init

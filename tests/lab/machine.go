@@ -209,7 +209,7 @@ func (m *machine) commandScript() ([]byte, error) {
 			fmt.Fprintf(&s, "export %s=%s\n", name, quote(value))
 		}
 	}
-	fmt.Fprintf(&s, "export TMPDIR=/run/tmp VMRT_LAB=1\ncd %s || exit %d\nexec", quote(wd), exitLab)
+	fmt.Fprintf(&s, "export TMPDIR=/var/tmp VMRT_LAB=1\ncd %s || exit %d\nexec", quote(wd), exitLab)
 	for _, a := range m.Command {
 		s.WriteString(" " + quote(a))
 	}

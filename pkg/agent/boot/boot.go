@@ -48,11 +48,20 @@ var late = []fsmount{
 	{fstype: "mqueue", target: "/dev/mqueue", flags: nosuid | nodev | noexec, optional: true},
 }
 
+// links are the symbolic links of /dev that programs count on; crun reads
+// resources from /dev/stdin.
+var links = map[string]string{
+	"/dev/fd":     "/proc/self/fd",
+	"/dev/stdin":  "/proc/self/fd/0",
+	"/dev/stdout": "/proc/self/fd/1",
+	"/dev/stderr": "/proc/self/fd/2",
+}
+
 // path is where the OCI runtime is found.
 const path = "/bin:/sbin:/usr/bin:/usr/sbin"
 
 // Early prepares file systems, environment and kernel modules.
-func Early() error {
+func Early(p *Phases) error {
 	unix.Umask(0o022)
 	os.Clearenv() // the kernel passes unknown arguments of its own on
 	if err := os.Setenv("PATH", path); err != nil {
@@ -61,7 +70,8 @@ func Early() error {
 	if err := leaveRootfs(); err != nil {
 		return err
 	}
-	if err := mountAll(early); err != nil {
+	p.Mark("root")
+	if err := mountAll(early, p); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(api.GuestRun, 0o711); err != nil {
@@ -71,14 +81,23 @@ func Early() error {
 }
 
 // Late does the rest. Containers must wait for it.
-func Late() error {
-	return errors.Join(
-		mountAll(late),
-		delegateControllers(),
-		loopbackUp(),
-		raiseLimits(),
-		setSysctls(),
-	)
+func Late(p *Phases) error {
+	var errs []error
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"mounts", func() error { return mountAll(late, p) }},
+		{"links", func() error { return linkAll(links) }},
+		{"controllers", delegateControllers},
+		{"loopback", loopbackUp},
+		{"limits", raiseLimits},
+		{"sysctls", setSysctls},
+	} {
+		errs = append(errs, step.do())
+		p.Mark(step.name)
+	}
+	return errors.Join(errs...)
 }
 
 // leaveRootfs gives the root a mount of its own. pivot_root(2), which OCI
@@ -105,11 +124,12 @@ func leaveRootfs() error {
 	return nil
 }
 
-func mountAll(mounts []fsmount) error {
+func mountAll(mounts []fsmount, p *Phases) error {
 	for _, m := range mounts {
 		if err := m.mount(); err != nil {
 			return err
 		}
+		p.Mark(m.target)
 	}
 	return nil
 }
@@ -126,6 +146,16 @@ func (m fsmount) mount() error {
 		return nil
 	}
 	return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
+}
+
+func linkAll(links map[string]string) error {
+	var errs []error
+	for name, target := range links {
+		if err := os.Symlink(target, name); err != nil && !errors.Is(err, fs.ErrExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // cgroupRoot is the cgroup v2 hierarchy.

@@ -15,9 +15,11 @@ import (
 // missing is crun's message for a program that is not there.
 var missing = regexp.MustCompile("executable file `([^`]*)` not found in \\$PATH: no such file or directory")
 
-// notExecutable is crun's message for one that cannot be run. A folder gives
-// the second form.
-var notExecutable = regexp.MustCompile("open executable: (permission denied|operation not permitted)")
+// notExecutable are crun's messages for one that cannot be run, such as a
+// folder; which one depends on its version.
+var notExecutable = regexp.MustCompile("the path `([^`]*)` (?:exists but it is not executable|is not a regular file): operation not permitted")
+
+var notOpened = regexp.MustCompile("open executable: (permission denied|operation not permitted)")
 
 // noCwd is crun's message for a working directory that cannot be entered.
 var noCwd = regexp.MustCompile("chdir `([^`]*)`: ")
@@ -42,7 +44,8 @@ func rephraseText(s string) string {
 		}
 		return `exec: "` + program + `": executable file not found in $PATH`
 	})
-	s = notExecutable.ReplaceAllString(s, "exec: permission denied")
+	s = notExecutable.ReplaceAllString(s, `exec: "$1": permission denied`)
+	s = notOpened.ReplaceAllString(s, "exec: permission denied")
 	return noCwd.ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)
 }
 

@@ -17,6 +17,14 @@ func TestRephrase(t *testing.T) {
 			"OCI runtime create failed: executable file `/no/pe` not found in $PATH: No such file or directory",
 			`OCI runtime create failed: exec: "/no/pe": stat /no/pe: no such file or directory`,
 		},
+		{
+			"OCI runtime exec failed: the path `/etc/passwd` exists but it is not executable: Operation not permitted",
+			`OCI runtime exec failed: exec: "/etc/passwd": permission denied`,
+		},
+		{
+			"OCI runtime exec failed: the path `/etc` is not a regular file: Operation not permitted",
+			`OCI runtime exec failed: exec: "/etc": permission denied`,
+		},
 		{"OCI runtime exec failed: open executable: Permission denied", "OCI runtime exec failed: exec: permission denied"},
 		{"OCI runtime exec failed: open executable: Operation not permitted", "OCI runtime exec failed: exec: permission denied"},
 		{

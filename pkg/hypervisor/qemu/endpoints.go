@@ -3,6 +3,7 @@ package qemu
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"time"
@@ -30,10 +31,10 @@ func (e *endpoints) open(s *hypervisor.Spec, passKVM bool) (err error) {
 			e.closeParent()
 		}
 	}()
-	if e.child.kernel, err = openImage("kernel", s.Kernel); err != nil {
+	if e.child.kernel, err = openImage("kernel", s.Kernel, checkKernel); err != nil {
 		return err
 	}
-	if e.child.initrd, err = openImage("initrd", s.Initrd); err != nil {
+	if e.child.initrd, err = openImage("initrd", s.Initrd, nil); err != nil {
 		return err
 	}
 	if passKVM {
@@ -80,7 +81,7 @@ func (e *endpoints) setReadDeadline(t time.Time) {
 
 // openImage opens the guest's kernel or initrd. A process with other rights
 // may open it again through the descriptor if the file's mode lets it.
-func openImage(what, path string) (*os.File, error) {
+func openImage(what, path string, check func(*os.File) error) (*os.File, error) {
 	// Without O_NONBLOCK a named pipe would block.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -93,11 +94,29 @@ func openImage(what, path string) (*os.File, error) {
 		err = errors.New("not a regular file")
 	case fi.Size() == 0:
 		err = errors.New("the file is empty")
-	default:
-		return f, nil
+	case check != nil:
+		err = check(f)
 	}
-	f.Close()
-	return nil, fmt.Errorf("guest %s %s: %w", what, path, err)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("guest %s %s: %w", what, path, err)
+	}
+	return f, nil
+}
+
+// checkKernel returns an error unless f is of a form that microvm boots: an
+// ELF file, or a bzImage, which has its magic number where the boot protocol
+// says (Documentation/arch/x86/boot.rst in Linux).
+func checkKernel(f *os.File) error {
+	const setupHeader = 0x202
+	head := make([]byte, setupHeader+4)
+	if _, err := f.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if string(head[:4]) != "\x7fELF" && string(head[setupHeader:]) != "HdrS" {
+		return errors.New("neither an ELF kernel nor a bzImage")
+	}
+	return nil
 }
 
 // socketpair returns a connection and its other end, to be inherited.

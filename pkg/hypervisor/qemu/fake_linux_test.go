@@ -71,7 +71,7 @@ var fakes = map[string]func(fake) int{
 	},
 	"panic": func(f fake) int {
 		f.greet()
-		fmt.Fprint(f.console, "first\nKernel panic - not syncing\n")
+		fmt.Fprint(f.console, "first\nKernel panic - not syncing: no reason\nCall Trace:\n more\n")
 		fmt.Fprintln(f.qmp, `{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}`)
 		return 0
 	},

@@ -30,9 +30,13 @@ type lines struct {
 	// empty. May be nil.
 	emit func(string)
 
-	mu   sync.Mutex
-	last []string // guarded by mu; at most keptLines
+	mu    sync.Mutex
+	last  []string // guarded by mu; at most keptLines
+	panic string   // guarded by mu; the first line that is a kernel's panic
 }
+
+// kernelPanic is in the line by which Linux says why it stops (kernel/panic.c).
+const kernelPanic = "Kernel panic - not syncing"
 
 // read reads r until its end. Once hurry is closed it reads at full speed.
 func (l *lines) read(r io.Reader, hurry <-chan struct{}) {
@@ -83,6 +87,9 @@ func (l *lines) add(b []byte) {
 		l.last = append(l.last[:0], l.last[1:]...)
 	}
 	l.last = append(l.last, s)
+	if l.panic == "" && strings.Contains(s, kernelPanic) {
+		l.panic = s
+	}
 	l.mu.Unlock()
 	if l.emit != nil {
 		l.emit(s)
@@ -94,6 +101,17 @@ func (l *lines) tail() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]string(nil), l.last...)
+}
+
+// conclusion returns what is worth quoting when the writer has ended: a panic,
+// or else the last lines.
+func (l *lines) conclusion() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.panic != "" {
+		return l.panic
+	}
+	return strings.Join(l.last, " | ")
 }
 
 // printable returns b as valid UTF-8 without control and format characters

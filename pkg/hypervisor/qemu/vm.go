@@ -142,26 +142,22 @@ func (v *VM) finish(err error) {
 
 // describe says what the end of QEMU means. v.mu is held.
 func (v *VM) describe(err error) error {
-	reason := v.reason
-	if reason == "" {
-		reason = "QEMU ended with status 0"
+	var console string
+	if said := v.console.conclusion(); said != "" {
+		console = "; console: " + said
 	}
-	text := quote(v.console.tail(), "console")
 	if err == nil {
-		return fmt.Errorf("vm %s: %w: %s%s", v.name, hypervisor.ErrGuestStopped, reason, text)
+		reason := v.reason
+		if reason == "" {
+			reason = "QEMU ended with status 0"
+		}
+		return fmt.Errorf("vm %s: %w: %s%s", v.name, hypervisor.ErrGuestStopped, reason, console)
 	}
-	if said := v.stderr.tail(); len(said) > 0 {
-		text = ": " + v.real.Replace(strings.Join(said, " | ")) + text
+	var stderr string
+	if said := v.stderr.conclusion(); said != "" {
+		stderr = ": " + v.real.Replace(said)
 	}
-	return fmt.Errorf("vm %s: %s: %w%s", v.name, filepath.Base(v.cmd.Path), err, text)
-}
-
-// quote returns lines for the end of an error message.
-func quote(lines []string, what string) string {
-	if len(lines) == 0 {
-		return ""
-	}
-	return "; " + what + ": " + strings.Join(lines, " | ")
+	return fmt.Errorf("vm %s: %s: %w%s%s", v.name, filepath.Base(v.cmd.Path), err, stderr, console)
 }
 
 // Pid implements hypervisor.VM.

@@ -8,6 +8,7 @@ package podnstest
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -163,51 +164,73 @@ func checkLeaks(tb testing.TB) {
 	})
 }
 
+// envMounts says what the mounts are like in which the tests run; envHelper
+// names a helper that is to run instead.
 const (
-	envAgain  = "VMRT_TEST_AGAIN"
+	envMounts = "VMRT_TEST_MOUNTS"
 	envHelper = "VMRT_TEST_HELPER"
+
+	private = "private"
+	shared  = "shared"
 )
 
-// AgainShared runs all tests of the package again, in a mount namespace whose
-// mounts are shared, as a host's are that runs systemd.
-func AgainShared(t *testing.T) {
-	t.Helper()
-	Root(t)
-	if os.Getenv(envAgain) != "" || os.Getenv(envHelper) != "" {
-		t.Skip("this is that run")
-	}
-	cmd := exec.Command(os.Args[0], "-test.v", "-test.timeout=5m")
-	if testing.Short() {
-		cmd.Args = append(cmd.Args, "-test.short")
-	}
-	cmd.Env = append(os.Environ(), envAgain+"=shared")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Errorf("tests with shared mounts: %v\n%s", err, out)
-	}
-}
-
-// Main replaces m.Run in TestMain for packages that use AgainShared or Helper.
+// Main replaces m.Run in TestMain. For root it runs the tests in a mount
+// namespace of their own, which other tests leave alone and which AgainShared
+// makes another of.
 func Main(m *testing.M, helpers map[string]func()) {
-	if os.Getenv(envAgain) == "shared" {
+	if name := os.Getenv(envHelper); name != "" {
+		helpers[name]()
+		os.Exit(0)
+	}
+	switch os.Getenv(envMounts) {
+	case "":
+		if os.Geteuid() == 0 {
+			os.Exit(again(private, os.Stdout, os.Args[1:]))
+		}
+	case shared:
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 			fmt.Fprintln(os.Stderr, "make mounts shared:", err)
 			os.Exit(1)
 		}
 	}
-	if name := os.Getenv(envHelper); name != "" {
-		helpers[name]()
-		os.Exit(0)
-	}
 	os.Exit(m.Run())
+}
+
+// again runs this program in a new mount namespace and returns its exit code.
+func again(mounts string, out io.Writer, args []string) int {
+	// The parent-death signal is the thread's.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), envMounts+"="+mounts)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		fmt.Fprintln(out, "run tests in a new mount namespace:", err)
+		return 1
+	}
+	return cmd.ProcessState.ExitCode()
+}
+
+// AgainShared runs the package's short tests again, in a mount namespace whose
+// mounts are shared, as a host's are that runs systemd.
+func AgainShared(t *testing.T) {
+	t.Helper()
+	Root(t)
+	if os.Getenv(envMounts) == shared {
+		t.Skip("this is that run")
+	}
+	var out bytes.Buffer
+	if code := again(shared, &out, []string{"-test.v", "-test.short", "-test.timeout=5m"}); code != 0 {
+		t.Errorf("tests with shared mounts: exit status %d\n%s", code, &out)
+	}
 }
 
 // Helper returns a command that runs the function which was given to Main by
 // name, in a process of its own.
 func Helper(name string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), envHelper+"="+name, envAgain+"=")
+	cmd.Env = append(os.Environ(), envHelper+"="+name)
 	cmd.Stderr = os.Stderr
 	return cmd
 }

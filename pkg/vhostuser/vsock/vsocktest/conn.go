@@ -22,7 +22,7 @@ type Conn struct {
 	changed           sync.Cond
 	connected         bool
 	closed            bool
-	detached          bool
+	detached, muted   bool
 	err               error
 	shut, peerShut    uint32
 	buf               []byte
@@ -95,6 +95,9 @@ func (c *Conn) detach(err error) {
 
 // handle takes a packet of the connection.
 func (c *Conn) handle(h *Header, payload []byte) {
+	if c.muted {
+		return
+	}
 	c.peerAlloc, c.peer = h.BufAlloc, h.FwdCnt
 	defer c.changed.Broadcast()
 	switch h.Op {
@@ -233,6 +236,15 @@ func (c *Conn) Close() error {
 		return c.send(OpReset, 0, nil)
 	}
 	return c.send(OpShutdown, shutBoth, nil)
+}
+
+// Mute forgets the connection without a word to the host, and answers nothing
+// that still comes for it.
+func (c *Conn) Mute() {
+	c.g.mu.Lock()
+	defer c.g.mu.Unlock()
+	c.muted = true
+	c.changed.Broadcast()
 }
 
 // Reset breaks the connection.

@@ -36,7 +36,7 @@ type Config struct {
 	// ahead of its reader. 0: 256 KiB.
 	Credit uint32
 	// RxBuffers is the number of packets that the driver has room for. 0: all
-	// that fit into the queue.
+	// that fit into the queue. Negative: none, until AddRxBuffers.
 	RxBuffers int
 	// Fragments is the number of descriptors that carry the payload of a
 	// packet. 0: one.
@@ -137,16 +137,12 @@ func NewStopped(conn *net.UnixConn, cfg Config) (*Guest, error) {
 // CID returns the guest's context id, as the device has told it.
 func (g *Guest) CID() uint64 { return g.cid }
 
-// Machine returns the machine under the guest, for tests that misuse it.
-func (g *Guest) Machine() *vhosttest.Machine { return g.machine }
-
 // Boot starts the driver.
 func (g *Guest) Boot() error {
 	g.mu.Lock()
 	g.rx, g.txq = g.machine.Queue(rxQueue), g.machine.Queue(txQueue)
 	for range g.cfg.RxBuffers {
-		addr, _ := g.machine.Alloc(rxBuffer)
-		g.addRx(vhosttest.Buffer{Addr: addr, Len: rxBuffer, Write: true})
+		g.allocRx(rxBuffer)
 	}
 	g.allocTx()
 	g.txq.WantCall()
@@ -159,6 +155,38 @@ func (g *Guest) Boot() error {
 	g.readers.Go(func() { g.interrupts(rx, g.receive) })
 	g.readers.Go(func() { g.interrupts(tx, g.reclaim) })
 	return nil
+}
+
+// AddRxBuffers gives the driver room for n more packets.
+func (g *Guest) AddRxBuffers(n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for range n {
+		g.allocRx(rxBuffer)
+	}
+	g.rx.Kick()
+}
+
+// AddRxBuffer gives the driver room for one more packet of n bytes at most.
+func (g *Guest) AddRxBuffer(n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.allocRx(n)
+	g.rx.Kick()
+}
+
+// Break makes one of the queues invalid and kicks it.
+func (g *Guest) Break(queue int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	q := g.machine.Queue(queue)
+	q.SetAvailIndex(0x8000)
+	q.ForceKick()
+}
+
+func (g *Guest) allocRx(n int) {
+	addr, _ := g.machine.Alloc(n)
+	g.addRx(vhosttest.Buffer{Addr: addr, Len: uint32(n), Write: true})
 }
 
 // Pause stops the machine, and Resume lets it go on. The driver notices

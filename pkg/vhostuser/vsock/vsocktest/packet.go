@@ -93,14 +93,19 @@ func (g *Guest) reclaim() {
 
 // transmit sends one packet, with the mutex held. It waits for room.
 func (g *Guest) transmit(h Header, payload []byte) error {
+	h.Len = uint32(len(payload))
+	var b [headerSize]byte
+	return g.transmitRaw(h.Append(b[:0]), payload)
+}
+
+func (g *Guest) transmitRaw(header, payload []byte) error {
 	s, err := g.slot()
 	if err != nil {
 		return err
 	}
-	h.Len = uint32(len(payload))
-	h.Append(s.mem[:0])
+	copy(s.mem, header)
 	copy(s.mem[headerSize:], payload)
-	bufs := []vhosttest.Buffer{{Addr: s.addr, Len: headerSize}}
+	bufs := []vhosttest.Buffer{{Addr: s.addr, Len: uint32(len(header))}}
 	for i, at := 0, uint64(headerSize); len(payload) > 0; i++ {
 		n := uint32((len(payload) + g.cfg.Fragments - i - 1) / (g.cfg.Fragments - i))
 		bufs = append(bufs, vhosttest.Buffer{Addr: s.addr + at, Len: n})
@@ -142,6 +147,13 @@ func (g *Guest) Send(h Header, payload []byte) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.transmit(h, payload)
+}
+
+// SendRaw sends a packet that is b, of at most the length of a header.
+func (g *Guest) SendRaw(b []byte) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.transmitRaw(b, nil)
 }
 
 // Header returns the header of a packet from one of the guest's ports to one

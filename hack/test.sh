@@ -1,0 +1,72 @@
+#!/bin/bash
+# Runs one set of tests: hack/test.sh all|unit|vm|kvm|bench.
+#
+# VMRT_REQUIRE_VM=1 turns the skip of a test that needs root or a virtual
+# machine into a failure. VMRT_TEST_EVENTS names a file to which the events of
+# `go test -json` are appended. TEST_FLAGS are further flags for go test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODULE=github.com/vmrt/vmrt
+# Packages whose tests start virtual machines or a containerd. They run one
+# after the other: they measure time, and each can keep the machine busy.
+VM=(./guest/... ./tests/...)
+# The tests that also run in the nested machine, and which packages have them.
+KVM_PACKAGES=(./tests/...)
+KVM_RUN=${KVM_RUN:-^TestKVM}
+KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
+
+unit() { go list ./... | grep -v -e "^$MODULE/guest" -e "^$MODULE/tests"; }
+
+# go_test FLAG|PACKAGE...: a failed test is testsum's to report.
+go_test() { go test -json -timeout 30m ${TEST_FLAGS:-} "$@" || true; }
+
+summary() { go run ./hack/testsum ${VMRT_TEST_EVENTS:+-o "$VMRT_TEST_EVENTS"}; }
+
+# prepare installs and builds what the tests run.
+prepare() {
+	hack/deps.sh test
+	make --no-print-directory build
+	go run ./hack/buildtool containerd containerd-2.3 runc nerdctl cni >/dev/null
+}
+
+# kvm runs test programs, compiled here, in the nested machine.
+kvm() {
+	local out pkg name dir
+	out=$(mktemp -d)
+	trap 'rm -rf "$out"' EXIT
+	go build -o "$out/lab" ./tests/lab
+	for pkg in $(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' "${KVM_PACKAGES[@]}"); do
+		dir=${pkg#"$MODULE/"} name=${pkg##*/}
+		grep -qsE "func ${KVM_RUN#^}" "$dir"/*_test.go || continue
+		go test -c -o "$out/$name.test" "$pkg"
+		echo "running $dir in the nested machine" >&2
+		{ (cd "$dir" && VMRT_REQUIRE_VM=1 "$out/lab" -timeout "$KVM_TIMEOUT" -- \
+			"$out/$name.test" -test.v=test2json -test.run "$KVM_RUN" -test.timeout "$KVM_TIMEOUT") ||
+			printf '\x16--- FAIL: lab (exit code %d)\nFAIL\n' $?; } | go tool test2json -t -p "$pkg"
+	done
+}
+
+case ${1:-} in
+all)
+	prepare
+	{ go_test $(unit); go_test -p 1 "${VM[@]}"; } | summary
+	;;
+unit) go_test $(unit) | summary ;;
+vm)
+	prepare
+	go_test -p 1 "${VM[@]}" | summary
+	;;
+kvm)
+	prepare
+	kvm | summary
+	;;
+bench)
+	prepare
+	go test -p 1 -run '^$' -bench "${BENCH:-.}" -timeout 60m ${TEST_FLAGS:-} ./...
+	;;
+*)
+	echo "usage: hack/test.sh all|unit|vm|kvm|bench" >&2
+	exit 2
+	;;
+esac
