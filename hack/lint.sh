@@ -11,7 +11,10 @@ check() {
 }
 
 # Packages that have a meaning on other systems too must compile there.
-PORTABLE=(./api/... ./guest/... ./hack/... ./pkg/hypervisor)
+PORTABLE=(./api/... ./cmd/mkguest ./guest ./guest/assets ./guest/initramfs ./guest/kmod
+	./hack/buildtool ./hack/testsum ./hack/tools
+	./pkg/config ./pkg/guestspec ./pkg/hypervisor ./pkg/hypervisor/accel ./pkg/hypervisor/hostcpu
+	./pkg/hypervisor/qemu/qmp ./pkg/version)
 
 formatted() {
 	local files

@@ -1,3 +1,7 @@
+// The machine is the agent's alone: no CPU limit of a cgroup to look for.
+//
+//go:debug containermaxprocs=0
+
 // Command vm-agent is PID 1 of a pod's virtual machine.
 package main
 

@@ -51,11 +51,8 @@ const fifos = api.GuestRun + "/io"
 // Run is the life of PID 1. version names the build in the handshake. It
 // returns only with an error, and the machine is useless then.
 func Run(version string) error {
-	debug.SetGCPercent(gcPercent)
-	debug.SetMemoryLimit(memoryLimit)
 	var phases boot.Phases
 	phases.Mark("start")
-	reaped := reap()
 	if err := boot.Early(&phases); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
@@ -63,9 +60,6 @@ func Run(version string) error {
 	if err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	setLogLevel(cmdline.Debug)
-	phases.Mark("early")
-
 	rpc, streams, err := listen()
 	if err != nil {
 		return err
@@ -81,25 +75,27 @@ func Run(version string) error {
 	}
 	phases.Mark("hello")
 
-	// The host's answer takes a while; what containers need fits into it.
-	lateErr := boot.Late(&phases)
-	a, err := newAgent(background(boot.LateModules), func() { halt.PowerOff(reaped) })
+	// What follows runs beside the host's own preparations.
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
+	setLogLevel(cmdline.Debug)
+	reaped := reap()
+	booted := make(chan struct{})
+	a, err := newAgent(booted, func() { halt.PowerOff(reaped) })
 	if err != nil {
 		return err
 	}
-	phases.Mark("late")
 	if err := readWelcome(host); err != nil {
 		return err
 	}
-	phases.Mark("welcome")
-	if lateErr != nil {
-		// A container may miss something, but most will not.
-		log.L.WithError(lateErr).Error("boot")
-	}
 	failed := a.serve(rpc, streams)
+	phases.Mark("serving")
+	if err := boot.Late(&phases); err != nil {
+		log.L.WithError(err).Error("boot")
+	}
+	close(booted)
 	followHostClock()
 	if cmdline.Debug {
-		phases.Mark("serving")
 		phases.WriteTo(os.Stderr)
 	}
 	select {
@@ -110,18 +106,6 @@ func Run(version string) error {
 		halt.PowerOff(reaped)
 		return nil
 	}
-}
-
-// background runs f, logs its error and closes the channel.
-func background(f func() error) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := f(); err != nil {
-			log.L.WithError(err).Debug("boot")
-		}
-	}()
-	return done
 }
 
 func setLogLevel(debugging bool) {

@@ -20,7 +20,7 @@ func BenchmarkBoot(b *testing.B) {
 				v := bootVM(b, vmSpec{kind: kind, cmdline: []string{"vmrt.debug"}})
 				ready = append(ready, v.ready)
 				phases := awaitPhases(b, v)
-				b.Log(v.ready, phases, strings.ReplaceAll(v.console.text(),"\n", " "))
+				b.Log(v.ready, phases, strings.ReplaceAll(v.console.text(), "\n", " "))
 				var start, hello float64
 				for _, f := range strings.Fields(phases) {
 					fmt.Sscanf(f, "start=%f", &start)

@@ -340,8 +340,7 @@ func (c *Cgroup) Remove(ctx context.Context) error {
 		for errors.Is(err, unix.EBUSY) {
 			if werr := p.awaitChange(ctx, &backoff); werr != nil {
 				pids, _ := p.pids()
-				err = fmt.Errorf("%w: %w%s", err, werr, left(pids))
-				break
+				return fmt.Errorf("remove cgroup %s: %w: %w%s", c.path, err, werr, left(pids))
 			}
 			err = p.remove()
 		}

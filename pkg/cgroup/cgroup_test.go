@@ -207,7 +207,7 @@ func TestAddEndedProcess(t *testing.T) {
 
 func TestCreateRefusesOthersCgroup(t *testing.T) {
 	each(t, func(t *testing.T, hs []hierarchy, c *Cgroup) {
-		cmd := start(t, c, "sleep 1000")
+		cmd := start(t, c, "exec sleep 1000")
 		// Also when the processes are further down.
 		for _, p := range []string{c.Path(), filepath.Dir(c.Path())} {
 			_, err := create(hs, p, "")
@@ -223,7 +223,7 @@ func TestCreateRefusesOthersCgroup(t *testing.T) {
 
 func TestRemoveWaitsForProcesses(t *testing.T) {
 	each(t, func(t *testing.T, _ []hierarchy, c *Cgroup) {
-		cmd := start(t, c, "sleep 1000")
+		cmd := start(t, c, "exec sleep 1000")
 		ctx, cancel := context.WithTimeoutCause(t.Context(), 30*time.Millisecond, errors.New("impatient"))
 		defer cancel()
 		err := c.Remove(ctx)
@@ -282,7 +282,7 @@ func TestKillWithoutCgroupKill(t *testing.T) {
 
 func TestKillFrozen(t *testing.T) {
 	each(t, func(t *testing.T, _ []hierarchy, c *Cgroup) {
-		start(t, c, "sleep 1000")
+		start(t, c, "exec sleep 1000")
 		for _, p := range c.places {
 			var err error
 			switch {

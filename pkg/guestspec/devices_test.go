@@ -3,10 +3,10 @@ package guestspec
 import (
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/containerd/errdefs"
 	"github.com/vmrt/vmrt/api"
 )
 

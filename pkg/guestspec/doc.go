@@ -87,5 +87,6 @@
 //     maskedPaths, readonlyPaths, rootfsPropagation, personality, hostname
 //     and domainname are kept. intelRdt and netDevices are errors.
 //   - Annotations are dropped: OCI runtimes act on some of them.
+//   - ociVersion is 1.0.2, which every version of crun takes.
 //   - Sections of other platforms are dropped, as runc does.
 package guestspec

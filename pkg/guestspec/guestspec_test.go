@@ -9,10 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/containerd/errdefs"
 	"github.com/vmrt/vmrt/api"
 )
 

@@ -4,10 +4,9 @@ import (
 	"fmt"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-
-	"github.com/containerd/errdefs"
 )
 
 func TestMounts(t *testing.T) {

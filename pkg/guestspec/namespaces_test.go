@@ -4,10 +4,9 @@ import (
 	"errors"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-
-	"github.com/containerd/errdefs"
 )
 
 // setNamespace replaces, adds or, with a nil path, removes a namespace.

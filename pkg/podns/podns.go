@@ -50,11 +50,17 @@ type Config struct {
 	// host's). It is opened in the host's mount namespace. Empty: a new one,
 	// with its loopback interface up.
 	NetNS string
+	// Start starts a prepared command from the calling thread, in place of
+	// cmd.Start: into the pod's cgroup, say. It is called on the pod's
+	// thread. May be nil.
+	Start func(cmd *exec.Cmd) error
 }
 
 // Namespaces is a thread that lives in a pod's mount and network namespaces.
 type Namespaces struct {
-	tid  int
+	start func(cmd *exec.Cmd) error
+	tid   int
+
 	work chan call
 	quit chan struct{} // closed by Close
 	gone chan struct{} // closed when the thread takes no more work
@@ -77,9 +83,13 @@ func Open(cfg Config) (*Namespaces, error) {
 		defer netns.Close()
 	}
 	n := &Namespaces{
-		work: make(chan call),
-		quit: make(chan struct{}),
-		gone: make(chan struct{}),
+		start: cfg.Start,
+		work:  make(chan call),
+		quit:  make(chan struct{}),
+		gone:  make(chan struct{}),
+	}
+	if n.start == nil {
+		n.start = (*exec.Cmd).Start
 	}
 	ready := make(chan error, 1)
 	onNewThread(func() { n.serve(netns, ready) })
@@ -141,7 +151,7 @@ func (n *Namespaces) Start(cmd *exec.Cmd) error {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	return n.Do(context.Background(), cmd.Start)
+	return n.Do(context.Background(), func() error { return n.start(cmd) })
 }
 
 // SetNet moves the thread, and so what is started later, to the network

@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"os/exec"
 	"strconv"
 	"time"
 
@@ -113,9 +112,6 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 	if s.daemon, err = storage.StartDaemon(ctx, s.ns, storage.DaemonConfig{Binary: virtiofsd, Share: s.share}); err != nil {
 		return nil, err
 	}
-	if err := s.cgroup.Add(s.daemon.Pid()); err != nil {
-		return nil, fmt.Errorf("put virtiofsd into the pod's cgroup: %w", err)
-	}
 	s.boot = BootInfo{
 		Kernel: guest.Kind, Accelerator: verdict.Accelerator, AcceleratorReason: verdict.Reason,
 		Transport: s.transport.Name(), CID: s.transport.CID(),
@@ -141,7 +137,7 @@ func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
 	}
 	vm, err := qemu.Launch(ctx, qemu.Config{
 		Binary:     binary,
-		Start:      s.startInPod,
+		Start:      s.ns.Start,
 		Credential: credential(s.cfg.Namespace, s.cfg.ID),
 		Console: func(line string) {
 			log.G(ctx).WithField("sandbox", s.cfg.ID).Debug("console: " + line)
@@ -161,18 +157,6 @@ func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
 	s.vm = vm
 	s.boot.VMPid = vm.Pid()
 	go s.watch()
-	return nil
-}
-
-// startInPod starts the VMM in the pod's namespaces and cgroup.
-func (s *Sandbox) startInPod(cmd *exec.Cmd) error {
-	if err := s.ns.Start(cmd); err != nil {
-		return err
-	}
-	if err := s.cgroup.Add(cmd.Process.Pid); err != nil {
-		cmd.Process.Kill()
-		return fmt.Errorf("put virtual machine into the pod's cgroup: %w", err)
-	}
 	return nil
 }
 

@@ -104,11 +104,11 @@ func New(cfg Config) (_ *Sandbox, err error) {
 			err = errors.Join(fmt.Errorf("create sandbox %s: %w", cfg.ID, err), s.Stop(context.Background()))
 		}
 	}()
-	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS}); err != nil {
-		return nil, fmt.Errorf("open namespaces: %w", err)
-	}
 	if s.cgroup, err = cgroup.Create(cfg.CgroupsPath, cfg.ID); err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
+	}
+	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS, Start: s.cgroup.Start}); err != nil {
+		return nil, fmt.Errorf("open namespaces: %w", err)
 	}
 	share := filepath.Join(s.dir, "share")
 	if err := os.Mkdir(share, 0o700); err != nil {
@@ -202,7 +202,7 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 		errs = append(errs, s.ns.Close())
 	}
 	if s.cgroup != nil {
-		errs = append(errs, s.cgroup.Remove(ctx))
+		errs = append(errs, s.cgroup.Kill(ctx), s.cgroup.Remove(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", s.cfg.ID, err)

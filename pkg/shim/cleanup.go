@@ -39,6 +39,10 @@ func (manager) Stop(ctx context.Context, id string) (containerdshim.StopStatus, 
 		// It died before there was anything, or all of it is gone already.
 		return status, nil
 	}
+	if errdefs.IsDataLoss(err) {
+		// Nothing more can be learned from it.
+		return status, errors.Join(err, store.Remove(st.Namespace, st.ID))
+	}
 	if err != nil {
 		return status, err
 	}

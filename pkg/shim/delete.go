@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/vmrt/vmrt/api"
@@ -115,7 +114,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 	if err := s.sandbox.Share().RemoveContainer(c.id); err != nil {
 		return fmt.Errorf("delete container %s: %w", c.id, err)
 	}
-	s.runLateHooks(ctx, c, specs.StateStopped, hookPoststop)
+	s.runPoststop(ctx, c)
 	s.forget(c)
 	s.saveState()
 	_, status, exitedAt := c.init.snapshot()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"syscall"
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -96,7 +97,13 @@ func (s *service) startInit(ctx context.Context, sb *sandbox.Sandbox, c *contain
 		return s.guestError(sb, err)
 	}
 	c.init.setState(statusRunning)
-	s.runLateHooks(ctx, c, specs.StateRunning, hookPoststart)
+	if err := s.runHooks(ctx, c, specs.StateRunning, hookPoststart); err != nil {
+		// As runc does: a container whose poststart hook fails is not kept.
+		if _, killErr := s.Kill(ctx, &taskapi.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL)}); killErr != nil {
+			log.G(ctx).WithError(killErr).WithField("container", c.id).Warn("kill after a failed poststart hook")
+		}
+		return err
+	}
 	return nil
 }
 

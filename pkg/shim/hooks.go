@@ -56,9 +56,10 @@ func (s *service) runHooks(ctx context.Context, c *container, status specs.Conta
 	return nil
 }
 
-// runLateHooks runs a list whose failures are only logged.
-func (s *service) runLateHooks(ctx context.Context, c *container, status specs.ContainerState, name string) {
-	if err := hooks.RunAll(ctx, name, hookList(c.spec.Hooks, name), c.hookState(status)); err != nil {
+// runPoststop runs the poststop hooks, whose failures are only logged.
+func (s *service) runPoststop(ctx context.Context, c *container) {
+	err := hooks.RunAll(ctx, hookPoststop, hookList(c.spec.Hooks, hookPoststop), c.hookState(specs.StateStopped))
+	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Warn("hooks")
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"testing"
@@ -158,8 +159,10 @@ func testContext(t testing.TB) (context.Context, *logged) {
 func checkLeaks(t testing.TB) {
 	t.Helper()
 	goroutines, fds := runtime.NumGoroutine(), openFDs(t)
+	// The garbage collector would close what was forgotten.
+	percent := debug.SetGCPercent(-1)
 	t.Cleanup(func() {
-		// Before the garbage collector closes what was forgotten.
+		defer debug.SetGCPercent(percent)
 		deadline := time.Now().Add(10 * time.Second)
 		for runtime.NumGoroutine() > goroutines || len(newFDs(t, fds)) > 0 {
 			if time.Now().After(deadline) {

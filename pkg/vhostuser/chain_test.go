@@ -13,7 +13,7 @@ import (
 func twoRegions() *memory {
 	m := &memory{}
 	for _, r := range []struct{ guest, size uint64 }{{0, 4096}, {4096, 4096}, {16384, 4096}} {
-		m.regions = append(m.regions, region{guest: r.guest, user: 1<<40 + r.guest, size: r.size, mem: make([]byte, r.size, r.size)})
+		m.regions = append(m.regions, region{guest: r.guest, user: 1<<40 + r.guest, size: r.size, mem: make([]byte, r.size)})
 	}
 	return m
 }

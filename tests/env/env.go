@@ -72,7 +72,6 @@ type Env struct {
 	cfg      Config
 	id       string
 	path     []string // of PATH
-	criTools bool
 	ns       *namespaces
 	cgroups  *cgroups
 	baseline snapshot
@@ -109,9 +108,7 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 		}
 		e.path = append(e.path, dir)
 	}
-	for _, dir := range strings.Split("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", ":") {
-		e.path = append(e.path, dir)
-	}
+	e.path = append(e.path, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 	// An environment that came to be only in part is taken down like a
 	// whole one.
 	defer func() {

@@ -8,7 +8,6 @@ package boot
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strings"
 
@@ -60,7 +59,9 @@ var links = map[string]string{
 // path is where the OCI runtime is found.
 const path = "/bin:/sbin:/usr/bin:/usr/sbin"
 
-// Early prepares file systems, environment and kernel modules.
+// Early prepares file systems, environment and kernel modules. It keeps to
+// plain system calls: without hardware virtualisation the first run of every
+// piece of code costs, and the host waits for this one.
 func Early(p *Phases) error {
 	unix.Umask(0o022)
 	os.Clearenv() // the kernel passes unknown arguments of its own on
@@ -71,28 +72,33 @@ func Early(p *Phases) error {
 		return err
 	}
 	p.Mark("root")
-	if err := mountAll(early, p); err != nil {
+	if err := mountAll(early); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(api.GuestRun, 0o711); err != nil {
-		return err
+	p.Mark("mounts")
+	if err := unix.Mkdir(api.GuestRun, 0o711); err != nil {
+		return &os.PathError{Op: "mkdir", Path: api.GuestRun, Err: err}
 	}
-	return loadModules(modulesList)
+	err := loadModules(modulesList)
+	p.Mark("modules")
+	return err
 }
 
-// Late does the rest. Containers must wait for it.
+// Late does the rest. Containers must wait for it. What is missing after an
+// error, most containers will not miss.
 func Late(p *Phases) error {
 	var errs []error
 	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
-		{"mounts", func() error { return mountAll(late, p) }},
+		{"late-mounts", func() error { return mountAll(late) }},
 		{"links", func() error { return linkAll(links) }},
 		{"controllers", delegateControllers},
 		{"loopback", loopbackUp},
 		{"limits", raiseLimits},
 		{"sysctls", setSysctls},
+		{"late-modules", lateModules},
 	} {
 		errs = append(errs, step.do())
 		p.Mark(step.name)
@@ -104,8 +110,8 @@ func Late(p *Phases) error {
 // runtimes use, does not work on the initramfs's.
 func leaveRootfs() error {
 	const dir = "/run" // any folder will do; nothing is mounted on it yet
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+	if err := unix.Mkdir(dir, 0o755); err != nil && err != unix.EEXIST {
+		return &os.PathError{Op: "mkdir", Path: dir, Err: err}
 	}
 	for _, step := range []struct {
 		name string
@@ -124,25 +130,23 @@ func leaveRootfs() error {
 	return nil
 }
 
-func mountAll(mounts []fsmount, p *Phases) error {
+func mountAll(mounts []fsmount) error {
 	for _, m := range mounts {
 		if err := m.mount(); err != nil {
 			return err
 		}
-		p.Mark(m.target)
 	}
 	return nil
 }
 
 func (m fsmount) mount() error {
 	err := unix.Mount(m.fstype, m.target, m.fstype, m.flags, m.data)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(m.target, 0o755); err != nil {
-			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
+	if err == unix.ENOENT {
+		if err = unix.Mkdir(m.target, 0o755); err == nil {
+			err = unix.Mount(m.fstype, m.target, m.fstype, m.flags, m.data)
 		}
-		err = unix.Mount(m.fstype, m.target, m.fstype, m.flags, m.data)
 	}
-	if err == nil || (m.optional && errors.Is(err, unix.ENODEV)) {
+	if err == nil || (m.optional && err == unix.ENODEV) {
 		return nil
 	}
 	return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
@@ -151,8 +155,8 @@ func (m fsmount) mount() error {
 func linkAll(links map[string]string) error {
 	var errs []error
 	for name, target := range links {
-		if err := os.Symlink(target, name); err != nil && !errors.Is(err, fs.ErrExist) {
-			errs = append(errs, err)
+		if err := unix.Symlink(target, name); err != nil && err != unix.EEXIST {
+			errs = append(errs, &os.PathError{Op: "symlink", Path: name, Err: err})
 		}
 	}
 	return errors.Join(errs...)
@@ -161,16 +165,22 @@ func linkAll(links map[string]string) error {
 // cgroupRoot is the cgroup v2 hierarchy.
 const cgroupRoot = "/sys/fs/cgroup"
 
-// delegateControllers lets child groups use every controller. One at a time:
-// a controller that cannot be enabled must not keep the others from it.
+// delegateControllers lets child groups use every controller.
 func delegateControllers() error {
-	b, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
+	var b [1024]byte
+	n, err := readFile(cgroupRoot+"/cgroup.controllers", b[:])
 	if err != nil {
 		return err
 	}
+	const control = cgroupRoot + "/cgroup.subtree_control"
+	controllers := strings.Fields(string(b[:n]))
+	if writeFile(control, "+"+strings.Join(controllers, " +")) == nil {
+		return nil
+	}
+	// One that cannot be enabled must not keep the others from it.
 	var errs []error
-	for _, c := range strings.Fields(string(b)) {
-		errs = append(errs, os.WriteFile(cgroupRoot+"/cgroup.subtree_control", []byte("+"+c), 0))
+	for _, c := range controllers {
+		errs = append(errs, writeFile(control, "+"+c))
 	}
 	return errors.Join(errs...)
 }

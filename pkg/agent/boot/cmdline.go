@@ -2,7 +2,6 @@ package boot
 
 import (
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
@@ -23,11 +22,12 @@ type Cmdline struct {
 
 // ReadCmdline reads /proc/cmdline.
 func ReadCmdline() (Cmdline, error) {
-	b, err := os.ReadFile("/proc/cmdline")
+	var b [4096]byte // COMMAND_LINE_SIZE is 2048 on x86
+	n, err := readFile("/proc/cmdline", b[:])
 	if err != nil {
 		return Cmdline{}, err
 	}
-	return parseCmdline(string(b))
+	return parseCmdline(string(b[:n]))
 }
 
 func parseCmdline(s string) (Cmdline, error) {

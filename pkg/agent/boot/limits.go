@@ -3,7 +3,7 @@ package boot
 import (
 	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"strconv"
 	"strings"
 
@@ -49,23 +49,12 @@ type sysctl struct {
 var sysctls = []sysctl{
 	{path: "kernel/pid_max", value: "4194304"},
 	{path: "kernel/threads-max", value: "65536", atLeast: true},
-	{path: "kernel/keys/root_maxkeys", value: "1000000"},
-	{path: "kernel/keys/root_maxbytes", value: "25000000"},
-	{path: "fs/nr_open", value: "1073741816"},
 	{path: "fs/file-max", value: "9223372036854775807"},
-	{path: "fs/inotify/max_user_instances", value: "1024", atLeast: true},
 	{path: "fs/inotify/max_user_watches", value: "65536", atLeast: true},
 	// A program that reserves more than the machine has works on a large
 	// host, and must in a small machine.
 	{path: "vm/overcommit_memory", value: "1"},
 	{path: "net/ipv4/ping_group_range", value: "0 2147483647"},
-	{path: "user/max_user_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_mnt_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_net_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_pid_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_ipc_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_uts_namespaces", value: "65536", atLeast: true},
-	{path: "user/max_cgroup_namespaces", value: "65536", atLeast: true},
 }
 
 func setSysctls() error {
@@ -79,32 +68,33 @@ func setSysctls() error {
 }
 
 func (s sysctl) set(root string) error {
-	f, err := os.OpenFile(root+s.path, os.O_RDWR, 0)
-	if errors.Is(err, os.ErrNotExist) {
+	path := root + s.path
+	if s.atLeast {
+		enough, err := s.hasEnough(path)
+		if err != nil || enough {
+			return missingIsFine(err)
+		}
+	}
+	return missingIsFine(writeFile(path, s.value))
+}
+
+func (s sysctl) hasEnough(path string) (bool, error) {
+	var b [32]byte
+	n, err := readFile(path, b[:])
+	if err != nil {
+		return false, err
+	}
+	have, err := strconv.ParseInt(strings.TrimSpace(string(b[:n])), 10, 64)
+	if err != nil {
+		return false, err
+	}
+	want, err := strconv.ParseInt(s.value, 10, 64)
+	return have >= want, err
+}
+
+func missingIsFine(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if s.atLeast {
-		var b [32]byte
-		n, err := f.Read(b[:])
-		if err != nil {
-			return err
-		}
-		have, err := strconv.ParseInt(strings.TrimSpace(string(b[:n])), 10, 64)
-		if err != nil {
-			return err
-		}
-		want, err := strconv.ParseInt(s.value, 10, 64)
-		if err != nil {
-			return err
-		}
-		if have >= want {
-			return nil
-		}
-	}
-	_, err = f.WriteAt([]byte(s.value), 0)
 	return err
 }

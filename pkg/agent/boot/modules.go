@@ -3,10 +3,10 @@ package boot
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strings"
 
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,15 +21,16 @@ const (
 // (MODULE_INIT_COMPRESSED_FILE, include/uapi/linux/module.h).
 const moduleCompressed = 4
 
-// LateModules loads the modules that the services do not need. One that the
-// machine has no use for does not load, so the error is for the log only.
-func LateModules() error {
+// lateModules loads the modules that the services do not need. One that the
+// machine has no use for does not load, which is for the log only.
+func lateModules() error {
 	paths, err := readList(modulesLateList)
-	errs := []error{err}
 	for _, path := range paths {
-		errs = append(errs, loadModule(path))
+		if err := loadModule(path); err != nil {
+			log.L.WithError(err).Debug("boot")
+		}
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 // loadModules loads a list up to the first error.
@@ -47,10 +48,10 @@ func loadModules(list string) error {
 }
 
 func readList(list string) ([]string, error) {
-	b, err := os.ReadFile(list)
-	if errors.Is(err, fs.ErrNotExist) {
+	if unix.Access(list, unix.F_OK) == unix.ENOENT {
 		return nil, nil
 	}
+	b, err := os.ReadFile(list)
 	return strings.Fields(string(b)), err
 }
 

@@ -49,14 +49,16 @@ func Open(tb testing.TB, cfg podns.Config) *podns.Namespaces {
 // Root skips the test unless the process may make mount namespaces.
 func Root(tb testing.TB) {
 	tb.Helper()
-	var hdr = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&hdr, &data[0]); err != nil {
-		tb.Fatal(err)
-	}
-	if data[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
+	if !privileged() {
 		tb.Skip("needs root: CAP_SYS_ADMIN to make namespaces")
 	}
+}
+
+func privileged() bool {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	err := unix.Capget(&hdr, &data[0])
+	return err == nil && data[0].Effective&(1<<unix.CAP_SYS_ADMIN) != 0
 }
 
 // Wait calls ok until it returns true. It is for what the kernel tells nobody;
@@ -184,7 +186,7 @@ func Main(m *testing.M, helpers map[string]func()) {
 	}
 	switch os.Getenv(envMounts) {
 	case "":
-		if os.Geteuid() == 0 {
+		if privileged() {
 			os.Exit(again(private, os.Stdout, os.Args[1:]))
 		}
 	case shared:

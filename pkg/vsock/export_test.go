@@ -1,0 +1,4 @@
+package vsock
+
+// ClaimCID is claimCID.
+var ClaimCID = claimCID

@@ -1,0 +1,354 @@
+package vsock_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vmrt/vmrt/guest"
+	"github.com/vmrt/vmrt/guest/initramfs"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
+	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
+	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/pkg/vsock/internal/exchange"
+)
+
+// bootTimeout bounds a boot on a busy machine without hardware virtualisation.
+const bootTimeout = 3 * time.Minute
+
+// skip skips the test for what the machine lacks, unless it must run.
+func skip(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("VMRT_REQUIRE_VM") == "1" {
+		t.Fatalf("VMRT_REQUIRE_VM=1, but: "+format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// machine is a virtual machine that runs vsockguest.
+type machine struct {
+	vsock.Transport
+	vm   hypervisor.VM
+	host vsock.Conn // the one that the guest has dialled
+
+	mu      sync.Mutex
+	console []string
+}
+
+// boot starts a machine with the transport of a mode. extra are arguments for
+// QEMU.
+func boot(t testing.TB, mode string, extra ...string) *machine {
+	t.Helper()
+	kernel := tunedKernel(t)
+	binary, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		skip(t, "no QEMU: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	defer cancel()
+	verdict, err := accel.Choose(ctx, hypervisor.Auto, accel.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &machine{}
+	if m.Transport, err = vsock.Open(mode); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Transport.Close() })
+	device := m.Device()
+	m.vm, err = qemu.Launch(ctx, qemu.Config{
+		Binary: wrapper(t, binary, extra), Start: lockedStart(t), Console: m.line, CacheDir: t.TempDir(),
+	}, hypervisor.Spec{
+		Name: "vsock-test", Accelerator: verdict.Accelerator, CPUs: 1, MemoryMiB: 128,
+		Kernel: kernel, Initrd: initrd(t), Vsock: device,
+		Cmdline: []string{fmt.Sprint(exchange.PortArg, m.HostPort())},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.vm.Kill(context.Background()) })
+	t.Cleanup(func() {
+		if t.Failed() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			t.Logf("console:\n%s", strings.Join(m.console, "\n"))
+		}
+	})
+	for _, f := range []*os.File{device.Backend, device.VhostFD} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	if m.host, err = m.Accept(ctx); err != nil {
+		t.Fatalf("the guest does not dial: %v, %v", err, m.vm.Err())
+	}
+	t.Cleanup(func() { m.host.Close() })
+	return m
+}
+
+func (m *machine) line(s string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.console = append(m.console, s)
+}
+
+// tunedKernel returns the path of the kernel, which needs no modules.
+func tunedKernel(t testing.TB) string {
+	t.Helper()
+	root := os.Getenv("VMRT_GUEST")
+	if root == "" {
+		root = "../../bin/guest"
+	}
+	kernel, err := filepath.Abs(filepath.Join(root, guest.Tuned, guest.KernelFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(kernel); err != nil {
+		skip(t, "no kernel: %v; make build", err)
+	}
+	return kernel
+}
+
+// initrd returns the path of an archive whose init is vsockguest.
+func initrd(t testing.TB) string {
+	t.Helper()
+	program, err := buildGuest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var a initramfs.Archive
+	if err := errors.Join(a.File("init", 0o755, program), a.CharDevice("dev/console", 0o600, 5, 1)); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if _, err := a.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "initrd")
+	if err := os.WriteFile(name, b.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// buildGuest returns the guest's program, which is built once.
+var buildGuest = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "vsockguest")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", dir+"/guest", "./internal/vsockguest")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the guest's program: %w\n%s", err, out)
+	}
+	return os.ReadFile(dir + "/guest")
+})
+
+// wrapper returns a program that is binary with further arguments.
+func wrapper(t testing.TB, binary string, extra []string) string {
+	if len(extra) == 0 {
+		return binary
+	}
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "qemu")
+	script := fmt.Sprintf("#!/bin/sh\nexec %s \"$@\" %s\n", binary, strings.Join(extra, " "))
+	if err := os.WriteFile(name, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// lockedStart starts a command from a thread that lives as long as the test:
+// QEMU ends with the thread that has forked it.
+func lockedStart(t testing.TB) hypervisor.StartFunc {
+	commands, results := make(chan *exec.Cmd), make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		for cmd := range commands {
+			results <- cmd.Start()
+		}
+	}()
+	t.Cleanup(func() { close(commands) })
+	return func(cmd *exec.Cmd) error {
+		commands <- cmd
+		return <-results
+	}
+}
+
+// modes are the transports that this machine has.
+func modes(t *testing.T, f func(t *testing.T, mode string)) {
+	t.Run(vsock.VhostUser, func(t *testing.T) { f(t, vsock.VhostUser) })
+	t.Run(vsock.Vhost, func(t *testing.T) {
+		if _, err := os.Stat("/dev/vhost-vsock"); err != nil {
+			t.Skip(err)
+		}
+		f(t, vsock.Vhost)
+	})
+}
+
+// TestVM uses connections to and from a real guest in all ways.
+func TestVM(t *testing.T) {
+	modes(t, func(t *testing.T, mode string) {
+		m := boot(t, mode)
+		t.Run("Echo", func(t *testing.T) { echo(t, m.dial(t, exchange.Port), 1, 5<<20) })
+		t.Run("EchoOfGuestsConn", func(t *testing.T) { echo(t, m.host, 2, 1<<20) })
+		t.Run("Parallel", m.testParallel)
+		t.Run("HalfClose", m.testHalfClose)
+		t.Run("GuestCloses", m.testGuestCloses)
+		t.Run("Refused", m.testRefused)
+		t.Run("ManyShort", m.testManyShort)
+		t.Run("Abandoned", m.testAbandoned)
+		t.Run("End", m.testEnd)
+	})
+}
+
+func timeout(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func (m *machine) dial(t testing.TB, port uint32) vsock.Conn {
+	t.Helper()
+	c, err := m.Dial(timeout(t), port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(2 * time.Minute))
+	return c
+}
+
+// echo sends n bytes in pieces of all sizes and compares what comes back.
+func echo(t *testing.T, c net.Conn, seed uint64, n int) {
+	t.Helper()
+	want := make([]byte, n)
+	rand.NewChaCha8([32]byte{byte(seed)}).Read(want)
+	sent := make(chan error, 1)
+	go func() {
+		err := exchange.Request(c, exchange.Echo, uint64(n))
+		r := rand.New(rand.NewPCG(seed, 0))
+		for b := want; err == nil && len(b) > 0; {
+			k := min(len(b), 1+r.IntN(100_000))
+			_, err = c.Write(b[:k])
+			b = b[k:]
+		}
+		sent <- err
+	}()
+	got := make([]byte, n)
+	_, err := io.ReadFull(c, got)
+	if err := errors.Join(err, <-sent); err != nil {
+		t.Error(err)
+	} else if !bytes.Equal(got, want) {
+		t.Errorf("%d bytes came back changed", n)
+	}
+}
+
+func (m *machine) testParallel(t *testing.T) {
+	var wg sync.WaitGroup
+	for i := range uint64(20) {
+		c := m.dial(t, exchange.Port)
+		wg.Go(func() { echo(t, c, i, 200<<10) })
+	}
+	wg.Wait()
+}
+
+func (m *machine) testHalfClose(t *testing.T) {
+	c := m.dial(t, exchange.PortUpper)
+	if _, err := c.Write([]byte("half")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); err != nil || string(got) != "HALF" {
+		t.Errorf("answer = %q, %v; want %q", got, err, "HALF")
+	}
+}
+
+func (m *machine) testGuestCloses(t *testing.T) {
+	c := m.dial(t, exchange.PortClose)
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("Read = %d, %v; want 0, EOF", n, err)
+	}
+	if _, err := c.Write([]byte("x")); err == nil {
+		t.Error("Write to a closed connection = nil; want an error")
+	}
+}
+
+func (m *machine) testRefused(t *testing.T) {
+	want := syscall.ECONNREFUSED
+	if m.Name() == vsock.Vhost {
+		want = syscall.ECONNRESET
+	}
+	if _, err := m.Dial(timeout(t), 4000); !errors.Is(err, want) {
+		t.Errorf("Dial of a port without listener: %v; want %v", err, want)
+	}
+}
+
+// Connections leave nothing behind in the guest either, or this would run out
+// of something.
+func (m *machine) testManyShort(t *testing.T) {
+	for range 300 {
+		c, err := m.Dial(timeout(t), exchange.PortUpper)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write([]byte("a"))
+		c.CloseWrite()
+		if got, err := io.ReadAll(c); err != nil || string(got) != "A" {
+			t.Fatalf("answer = %q, %v; want %q", got, err, "A")
+		}
+		c.Close()
+	}
+}
+
+// A connection closed in the middle of a transfer does not disturb others.
+func (m *machine) testAbandoned(t *testing.T) {
+	for range 20 {
+		c := m.dial(t, exchange.Port)
+		if err := exchange.Request(c, exchange.Give, 10<<20); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 100<<10)); err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+	echo(t, m.dial(t, exchange.Port), 3, 1<<20)
+}
+
+// The end of the machine ends everything, by itself.
+func (m *machine) testEnd(t *testing.T) {
+	c := m.dial(t, exchange.Port)
+	if err := m.vm.Kill(timeout(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("Read after the machine's end: %v; want an error of the connection", err)
+	}
+	if m.Name() == vsock.VhostUser {
+		if _, err := m.Dial(timeout(t), exchange.Port); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Dial after the machine's end: %v; want an error at once", err)
+		}
+		if _, err := m.Accept(timeout(t)); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Accept after the machine's end: %v; want an error at once", err)
+		}
+	}
+}
