@@ -25,7 +25,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/sys/reaper"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
-	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -60,22 +59,25 @@ func Run(version string) error {
 	if err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	rpc, streams, err := listen()
+	listening, err := listen(api.PortRPC, api.PortStream)
 	if err != nil {
 		return err
 	}
 	phases.Mark("listening")
-	host, err := dialHost(cmdline.Port)
+	hostFD, err := dialHost(cmdline.Port)
 	if err != nil {
 		return err
 	}
 	phases.Mark("dialled")
-	if err := sayHello(host, version); err != nil {
+	if err := sayHello(hostFD, version); err != nil {
 		return err
 	}
 	phases.Mark("hello")
 
 	// What follows runs beside the host's own preparations.
+	if err := boot.SetEnvironment(); err != nil {
+		return fmt.Errorf("boot: %w", err)
+	}
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 	setLogLevel(cmdline.Debug)
@@ -85,10 +87,18 @@ func Run(version string) error {
 	if err != nil {
 		return err
 	}
+	host, err := pollable(hostFD)
+	if err != nil {
+		return err
+	}
 	if err := readWelcome(host); err != nil {
 		return err
 	}
-	failed := a.serve(rpc, streams)
+	listeners, err := accepting(listening)
+	if err != nil {
+		return err
+	}
+	failed := a.serve(listeners[0], listeners[1])
 	phases.Mark("serving")
 	if err := boot.Late(&phases); err != nil {
 		log.L.WithError(err).Error("boot")
@@ -136,39 +146,6 @@ func reap() <-chan struct{} {
 		}
 	}()
 	return reaped
-}
-
-// hostOnly is a listener that drops connections of anybody but the host.
-type hostOnly struct{ *vsock.Listener }
-
-func (l hostOnly) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == vsock.Host {
-			return c, nil
-		}
-		log.L.Warnf("connection of %v dropped", c.RemoteAddr())
-		c.Close()
-	}
-}
-
-// anyCID accepts connections whatever the guest's own context id, which is
-// another one after a restore.
-const anyCID = unix.VMADDR_CID_ANY
-
-func listen() (rpc, streams net.Listener, err error) {
-	r, err := vsock.ListenContextID(anyCID, api.PortRPC, nil)
-	if err != nil {
-		return nil, nil, fmt.Errorf("listen for requests: %w", err)
-	}
-	s, err := vsock.ListenContextID(anyCID, api.PortStream, nil)
-	if err != nil {
-		return nil, nil, fmt.Errorf("listen for streams: %w", err)
-	}
-	return hostOnly{r}, hostOnly{s}, nil
 }
 
 // agent is what serves requests.

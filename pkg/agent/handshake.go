@@ -3,67 +3,63 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/timestamppb"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/agent/clock"
 	"github.com/vmrt/vmrt/pkg/agent/entropy"
 )
 
-const (
-	// dialTimeout bounds the attempts to reach the host.
-	dialTimeout = 20 * time.Second
-	// dialRetry is the pause between two of them.
-	dialRetry = 5 * time.Millisecond
-	// handshakeTimeout bounds each message of the handshake.
-	handshakeTimeout = 30 * time.Second
-)
-
-// dialHost connects to the host's port. The device may still be starting, so
-// it tries for a while.
-func dialHost(port uint32) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
-	defer cancel()
-	for {
-		c, err := vsock.DialContext(ctx, vsock.Host, port, nil)
-		if err == nil {
-			return c, nil
-		}
-		select {
-		case <-time.After(dialRetry):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("dial the host at port %d: %w", port, err)
-		}
-	}
-}
+// handshakeTimeout bounds the wait for the host's answer.
+const handshakeTimeout = 30 * time.Second
 
 // sayHello tells the host that the guest is ready.
-func sayHello(host net.Conn, version string) error {
+func sayHello(host int, version string) error {
 	kernel, err := release()
 	if err != nil {
 		return fmt.Errorf("say hello: %w", err)
 	}
-	host.SetWriteDeadline(time.Now().Add(handshakeTimeout))
-	err = api.WriteMessage(host, &api.Hello{
-		Protocol: api.ProtocolVersion,
-		Version:  version,
-		Kernel:   kernel,
-		Time:     timestamppb.Now(),
-	})
-	if err != nil {
-		return fmt.Errorf("say hello: %w", err)
+	b := encodeHello(version, kernel, time.Now())
+	for len(b) > 0 {
+		n, err := unix.Write(host, b)
+		if err != nil && err != unix.EINTR {
+			return fmt.Errorf("say hello: %w", err)
+		}
+		b = b[max(n, 0):]
 	}
 	return nil
+}
+
+// encodeHello returns what api.WriteMessage sends for an api.Hello. It is
+// written out because setting up the protobuf package takes longer than the
+// rest of the handshake.
+func encodeHello(version, kernel string, now time.Time) []byte {
+	var stamp []byte // google.protobuf.Timestamp
+	stamp = protowire.AppendTag(stamp, 1, protowire.VarintType)
+	stamp = protowire.AppendVarint(stamp, uint64(now.Unix()))
+	stamp = protowire.AppendTag(stamp, 2, protowire.VarintType)
+	stamp = protowire.AppendVarint(stamp, uint64(now.Nanosecond()))
+
+	b := make([]byte, 4, 256)
+	b = protowire.AppendTag(b, 1, protowire.VarintType)
+	b = protowire.AppendVarint(b, api.ProtocolVersion)
+	b = protowire.AppendTag(b, 2, protowire.BytesType)
+	b = protowire.AppendString(b, version)
+	b = protowire.AppendTag(b, 3, protowire.BytesType)
+	b = protowire.AppendString(b, kernel)
+	b = protowire.AppendTag(b, 4, protowire.BytesType)
+	b = protowire.AppendBytes(b, stamp)
+	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
+	return b
 }
 
 // release returns `uname -r`.
@@ -77,13 +73,17 @@ func release() (string, error) {
 }
 
 // readWelcome does what the host's answer says.
-func readWelcome(host net.Conn) error {
-	host.SetReadDeadline(time.Now().Add(handshakeTimeout))
+func readWelcome(host *os.File) error {
+	if err := host.SetReadDeadline(time.Now().Add(handshakeTimeout)); err != nil {
+		return fmt.Errorf("welcome: %w", err)
+	}
 	var w api.Welcome
 	if err := api.ReadMessage(host, &w); err != nil {
 		return fmt.Errorf("welcome: %w", err)
 	}
-	host.SetDeadline(time.Time{})
+	if err := host.SetReadDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("welcome: %w", err)
+	}
 	if w.Refused != "" {
 		return fmt.Errorf("the host refuses this guest: %s", w.Refused)
 	}
@@ -110,7 +110,7 @@ func applyWelcome(w *api.Welcome) error {
 }
 
 // hostGone delivers the end of the connection that the handshake was on.
-func hostGone(host net.Conn) <-chan error {
+func hostGone(host *os.File) <-chan error {
 	gone := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(io.Discard, host)

@@ -37,7 +37,7 @@ var defaultLoggerTiming = loggerTiming{
 	read: 10 * time.Second,
 	exit: 2 * time.Second,
 	term: 12 * time.Second,
-	reap: time.Second,
+	reap: 5 * time.Second,
 }
 
 // logger is a running logging binary. Its protocol is that of containerd's

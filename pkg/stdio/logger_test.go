@@ -216,7 +216,7 @@ func TestLoggerTold(t *testing.T) {
 func TestLoggerTerminated(t *testing.T) {
 	checkLeaks(t)
 	ctx, logged := testContext(t)
-	tm := defaultTiming
+	tm := patient
 	tm.logger.exit = 10 * time.Millisecond
 	s, _ := openLogged(t, ctx, Config{}, "binary-v2", "idle", tm)
 	// Nobody drains: what is under way is given up.
@@ -232,7 +232,7 @@ func TestLoggerTerminated(t *testing.T) {
 func TestLoggerNeverEnds(t *testing.T) {
 	checkLeaks(t)
 	ctx, logged := testContext(t)
-	tm := defaultTiming
+	tm := patient
 	tm.logger.exit, tm.logger.term = 10*time.Millisecond, 200*time.Millisecond
 	s, _ := openLogged(t, ctx, Config{}, "binary-v2", "stubborn", tm)
 	s.guestOut.Write([]byte("never read"))

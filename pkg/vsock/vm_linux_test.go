@@ -191,31 +191,31 @@ func lockedStart(t testing.TB) hypervisor.StartFunc {
 	}
 }
 
-// modes are the transports that this machine has.
-func modes(t *testing.T, f func(t *testing.T, mode string)) {
-	t.Run(vsock.VhostUser, func(t *testing.T) { f(t, vsock.VhostUser) })
-	t.Run(vsock.Vhost, func(t *testing.T) {
-		if _, err := os.Stat("/dev/vhost-vsock"); err != nil {
-			t.Skip(err)
-		}
-		f(t, vsock.Vhost)
-	})
+// TestVM uses connections to and from a real guest in all ways.
+func TestVM(t *testing.T) { testStreams(t, vsock.VhostUser) }
+
+// TestKVM is TestVM with the kernel's device.
+func TestKVM(t *testing.T) {
+	if _, err := os.Stat("/dev/vhost-vsock"); err != nil {
+		t.Skip(err)
+	}
+	testStreams(t, vsock.Vhost)
 }
 
-// TestVM uses connections to and from a real guest in all ways.
-func TestVM(t *testing.T) {
-	modes(t, func(t *testing.T, mode string) {
-		m := boot(t, mode)
-		t.Run("Echo", func(t *testing.T) { echo(t, m.dial(t, exchange.Port), 1, 5<<20) })
-		t.Run("EchoOfGuestsConn", func(t *testing.T) { echo(t, m.host, 2, 1<<20) })
-		t.Run("Parallel", m.testParallel)
-		t.Run("HalfClose", m.testHalfClose)
-		t.Run("GuestCloses", m.testGuestCloses)
-		t.Run("Refused", m.testRefused)
-		t.Run("ManyShort", m.testManyShort)
-		t.Run("Abandoned", m.testAbandoned)
-		t.Run("End", m.testEnd)
-	})
+func testStreams(t *testing.T, mode string) {
+	m := boot(t, mode)
+	if m.Name() != mode {
+		t.Errorf("Name() = %q; want %q", m.Name(), mode)
+	}
+	t.Run("Echo", func(t *testing.T) { echo(t, m.dial(t, exchange.Port), 1, 5<<20) })
+	t.Run("EchoOfGuestsConn", func(t *testing.T) { echo(t, m.host, 2, 1<<20) })
+	t.Run("Parallel", m.testParallel)
+	t.Run("HalfClose", m.testHalfClose)
+	t.Run("GuestCloses", m.testGuestCloses)
+	t.Run("Refused", m.testRefused)
+	t.Run("ManyShort", m.testManyShort)
+	t.Run("Abandoned", m.testAbandoned)
+	t.Run("End", m.testEnd)
 }
 
 func timeout(t testing.TB) context.Context {

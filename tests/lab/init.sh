@@ -24,6 +24,9 @@ need $B mount -t tmpfs -o mode=755 run /root/run
 # Scratch files live on tmpfs: an overlay cannot hold another one's upper layer.
 need $B mount -t tmpfs -o mode=1777 tmp /root/var/tmp
 $B ip link set lo up
+# As udev's rules on Debian have it.
+if $B chroot /root chgrp kvm /dev/kvm; then $B chmod 0660 /dev/kvm; else $B chmod 0666 /dev/kvm; fi
+$B chmod 0666 /dev/net/tun
 $B hostname lab
 cp_out() { [ ! -s /out ] || { d="/root$($B cat /out)"; $B mkdir -p "$d" && $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 out "$d"; }; }
 need cp_out

@@ -59,15 +59,11 @@ var links = map[string]string{
 // path is where the OCI runtime is found.
 const path = "/bin:/sbin:/usr/bin:/usr/sbin"
 
-// Early prepares file systems, environment and kernel modules. It keeps to
+// Early prepares file systems and kernel modules. It keeps to
 // plain system calls: without hardware virtualisation the first run of every
 // piece of code costs, and the host waits for this one.
 func Early(p *Phases) error {
 	unix.Umask(0o022)
-	os.Clearenv() // the kernel passes unknown arguments of its own on
-	if err := os.Setenv("PATH", path); err != nil {
-		return err
-	}
 	if err := leaveRootfs(); err != nil {
 		return err
 	}
@@ -82,6 +78,13 @@ func Early(p *Phases) error {
 	err := loadModules(modulesList)
 	p.Mark("modules")
 	return err
+}
+
+// SetEnvironment replaces the environment, which holds what the kernel did not
+// understand of its command line.
+func SetEnvironment() error {
+	os.Clearenv()
+	return os.Setenv("PATH", path)
 }
 
 // Late does the rest. Containers must wait for it. What is missing after an
