@@ -112,7 +112,10 @@ func Start(ns *podns.Namespaces, cfg Config) (*Anchor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start anchor: %w", err)
 	}
-	err = proc.InMounts(func() error { return enterRoot(cfg.Root, cfg.Binds) })
+	err = proc.InMounts(func() error { return enterRoot(cfg.Root) })
+	if err == nil {
+		err = bind(ns, proc, cfg.Binds)
+	}
 	if err == nil {
 		err = release(goWrite, okRead)
 	}
@@ -172,6 +175,16 @@ func title(args []string) []string {
 		t, room = append(t, a), room-len(a)-1
 	}
 	return t
+}
+
+// Bind adds volumes to a started anchor: those whose targets the container's
+// runtime has made since. ns is the pod that it was started in. The error is
+// os.ErrProcessDone once the anchor has ended.
+func (a *Anchor) Bind(ns *podns.Namespaces, binds ...Bind) error {
+	if err := bind(ns, a.proc, binds); err != nil {
+		return fmt.Errorf("add volumes to anchor: %w", err)
+	}
+	return nil
 }
 
 // Pid returns the anchor's process id on the host.

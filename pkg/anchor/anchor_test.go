@@ -77,6 +77,14 @@ func (a *Anchor) status(t *testing.T, field string) string {
 
 func TestIdentity(t *testing.T) {
 	ns := podnstest.Open(t, podns.Config{})
+	groups, err := syscall.Getgroups()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Setgroups([]int{0, 4, 65533}); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Setgroups(groups)
 	a := start(t, ns, Config{Args: []string{"sleep", "1000"}, Root: rootfs(t)})
 	for field, want := range map[string]string{
 		"Name":       comm,
@@ -289,6 +297,53 @@ func TestBinds(t *testing.T) {
 	}
 	if got := read(t, root+"/data/f"); got != "of the image" {
 		t.Errorf("file below the root, seen from the host = %q; want no volume on it", got)
+	}
+}
+
+// Volumes may come, and their mount points be made, after the start.
+func TestBindLater(t *testing.T) {
+	ns := podnstest.Open(t, podns.Config{})
+	root, volume := rootfs(t), t.TempDir()
+	a := start(t, ns, Config{Root: root})
+	if err := os.Mkdir(filepath.Join(root, "data"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var before, after []string
+	err := ns.Do(t.Context(), func() error {
+		err := unix.Mount("pod", volume, "tmpfs", 0, "size=1m")
+		err = errors.Join(err, unix.Mount("", volume, "", unix.MS_SHARED, ""))
+		before = podnstest.Mounts(t, "/proc/thread-self")
+		return errors.Join(err, os.WriteFile(filepath.Join(volume, "f"), []byte("in the pod"), 0o644))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Bind(ns, Bind{Source: volume, Target: "/data"}, Bind{Source: volume + "/f", Target: "/data/f"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, a.file("root/data/f")); got != "in the pod" {
+		t.Errorf("file in the volume = %q; want that of the pod", got)
+	}
+	if mounts := podnstest.Mounts(t, a.file("")); len(mounts) != 3 {
+		t.Errorf("mounts = %q; want the root, the volume and the file", mounts)
+	}
+	if strings.Contains(read(t, a.file("mountinfo")), "shared:") {
+		t.Errorf("the anchor has shared mounts:\n%s", read(t, a.file("mountinfo")))
+	}
+	_ = ns.Do(t.Context(), func() error { after = podnstest.Mounts(t, "/proc/thread-self"); return nil })
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("the anchor changed the pod's mounts (-before +after):\n%s", diff)
+	}
+	if err := a.Bind(ns, Bind{Source: "/nonexistent", Target: "/data"}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Bind(missing source) = %v; want %v", err, os.ErrNotExist)
+	}
+	a.Close()
+	if err := a.Bind(ns, Bind{Source: volume, Target: "/data"}); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("Bind after Close = %v; want %v", err, os.ErrProcessDone)
+	}
+	ns.Close()
+	if err := a.Bind(ns, Bind{Source: volume, Target: "/data"}); !errors.Is(err, podns.ErrClosed) {
+		t.Errorf("Bind in a closed pod = %v; want %v", err, podns.ErrClosed)
 	}
 }
 

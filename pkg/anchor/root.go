@@ -3,21 +3,24 @@
 package anchor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/podns"
 )
 
-// enterRoot makes root, with binds, the root of the calling thread's mount
-// namespace and detaches everything else. The processes in the namespace whose
-// root and working directory are its old root move along (pivot_root(2)).
-func enterRoot(root string, binds []Bind) error {
+// enterRoot makes root the root of the calling thread's mount namespace and
+// detaches everything else. The processes in the namespace whose root and
+// working directory are its old root move along (pivot_root(2)).
+func enterRoot(root string) error {
 	// The namespace is a copy of the pod's, and a peer of it where that is
 	// shared: nothing that follows may reach it.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
+	if err := makePrivate(); err != nil {
+		return err
 	}
 	top, err := clone(root)
 	if err != nil {
@@ -26,11 +29,6 @@ func enterRoot(root string, binds []Bind) error {
 	defer unix.Close(top)
 	if err := unix.MoveMount(top, "", unix.AT_FDCWD, root, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return &os.PathError{Op: "mount root on", Path: root, Err: err}
-	}
-	for _, b := range binds {
-		if err := bind(top, b); err != nil {
-			return err
-		}
 	}
 	if err := unix.Fchdir(top); err != nil {
 		return fmt.Errorf("chdir to new root: %w", err)
@@ -45,6 +43,13 @@ func enterRoot(root string, binds []Bind) error {
 	return nil
 }
 
+func makePrivate() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	return nil
+}
+
 // clone returns a detached copy of what is mounted at path, with everything
 // below it.
 func clone(path string) (int, error) {
@@ -55,22 +60,62 @@ func clone(path string) (int, error) {
 	return fd, nil
 }
 
-// bind mounts b below root. A target that is not there, cannot be resolved
-// inside root, or is of another kind than the source is no error.
-func bind(root int, b Bind) error {
-	target, err := unix.Openat2(root, b.Target, &unix.OpenHow{
+// bind mounts volumes of the pod ns below the root of proc.
+func bind(ns *podns.Namespaces, proc *podns.Process, binds []Bind) error {
+	if len(binds) == 0 {
+		return nil
+	}
+	var sources []int
+	defer func() {
+		for _, fd := range sources {
+			unix.Close(fd)
+		}
+	}()
+	err := ns.Do(context.Background(), func() error {
+		for _, b := range binds {
+			fd, err := clone(b.Source)
+			if err != nil {
+				return err
+			}
+			sources = append(sources, fd)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return proc.InMounts(func() error {
+		root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open root: %w", err)
+		}
+		defer unix.Close(root)
+		for i, b := range binds {
+			if err := attach(root, sources[i], b.Target); err != nil {
+				return err
+			}
+			// At once: what is mounted in a peer of a mount of the pod's
+			// is mounted in the pod.
+			if err := makePrivate(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// attach mounts source at the path target below root. A target that is not
+// there, cannot be resolved inside root, or does not fit is no error: the
+// container's files decide.
+func attach(root, source int, path string) error {
+	target, err := unix.Openat2(root, path, &unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	})
 	if err != nil {
-		return nil // the container's files decide
+		return nil
 	}
 	defer unix.Close(target)
-	source, err := clone(b.Source)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(source)
 	fits, err := fits(source, target, root)
 	if err != nil || !fits {
 		return err
@@ -80,7 +125,7 @@ func bind(root int, b Bind) error {
 		return nil // removed by the container just now
 	}
 	if err != nil {
-		return &os.PathError{Op: "mount volume on", Path: b.Target, Err: err}
+		return &os.PathError{Op: "mount volume on", Path: path, Err: err}
 	}
 	return nil
 }

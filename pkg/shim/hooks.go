@@ -25,7 +25,8 @@ func hookList(h *specs.Hooks, name string) []specs.Hook {
 	}
 	switch name {
 	case hookPrestart:
-		return h.Prestart //nolint:staticcheck // deprecated, and still in use
+		//lint:ignore SA1019 deprecated, and still in use
+		return h.Prestart
 	case hookCreateRuntime:
 		return h.CreateRuntime
 	case hookPoststart:

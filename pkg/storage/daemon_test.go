@@ -140,6 +140,10 @@ func TestDaemonSandbox(t *testing.T) {
 		if _, err := features(d); err != nil {
 			t.Fatalf("vhost-user request: %v (%v)", err, d.Err())
 		}
+		// Nothing of the first is in the way of another.
+		if _, err := features(p.daemon(cfg)); err != nil {
+			t.Errorf("second daemon: %v", err)
+		}
 		pid := server(t, d)
 		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", pid))
 		if err != nil || len(entries) != 0 {

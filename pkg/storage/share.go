@@ -227,6 +227,11 @@ func (s *Share) place(c *container, name string, dir bool, attach func(target st
 
 // RemoveContainer unmounts and removes everything that was added for the
 // container. Idempotent; for an unknown container there is nothing to do.
+//
+// A guest that has looked at it lets go when it next looks, once its cached
+// names have expired, or at once when it tries to create the container's folder
+// ("web.1" of an Entry.Share), which the read-only share refuses with EROFS:
+// names are looked up anew for that (fuse_dentry_revalidate in fs/fuse/dir.c).
 func (s *Share) RemoveContainer(container string) error {
 	err := s.do(func() error {
 		c := s.containers[container]

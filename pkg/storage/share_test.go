@@ -174,7 +174,8 @@ func TestRootIsReadOnly(t *testing.T) {
 	}
 }
 
-// layered returns a folder with a file system mounted in its folder "sub".
+// layered returns a folder with a file system mounted in its folder "sub", and
+// another in that one's folder "sub".
 func layered(t *testing.T) (dir, sub string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -184,6 +185,12 @@ func layered(t *testing.T) (dir, sub string) {
 	}
 	hostMount(t, sub)
 	write(t, filepath.Join(sub, "deep"), "deep")
+	deeper := filepath.Join(sub, "sub")
+	if err := os.Mkdir(deeper, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hostMount(t, deeper)
+	write(t, filepath.Join(deeper, "f"), "")
 	return dir, sub
 }
 
@@ -218,7 +225,7 @@ func TestBindOptions(t *testing.T) {
 			t.Run(fmt.Sprintf("%s,legacy=%v", tt.name, legacy), func(t *testing.T) {
 				p := newPod(t)
 				p.legacy = legacy
-				dir, _ := layered(t)
+				dir, sub := layered(t)
 				e, err := p.AddBind("web", dir, tt.options)
 				if tt.unsupported {
 					if !errors.Is(err, errors.ErrUnsupported) {
@@ -245,6 +252,15 @@ func TestBindOptions(t *testing.T) {
 				}
 				p.checkFlags(e.Host, unix.ST_NODEV|unix.ST_NOSUID)
 				p.checkLaterMount(dir, e, tt.slave)
+				// The pod's unmounts are its own.
+				if err := p.RemoveContainer("web"); err != nil {
+					t.Error(err)
+				}
+				for _, f := range []string{"deep", "sub/f"} {
+					if _, err := os.Stat(filepath.Join(sub, f)); err != nil {
+						t.Errorf("a mount of the host, once the container was removed: %v", err)
+					}
+				}
 			})
 		}
 	}

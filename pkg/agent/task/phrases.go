@@ -3,6 +3,7 @@ package task
 import (
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -12,17 +13,21 @@ import (
 // Clients recognize failures by phrases of runc's messages; crun says the same
 // in other words.
 
-// missing is crun's message for a program that is not there.
-var missing = regexp.MustCompile("executable file `([^`]*)` not found in \\$PATH: no such file or directory")
+// The patterns are compiled at the first error: most agents see none.
+var (
+	// missing is crun's message for a program that is not there.
+	missing = lazy("executable file `([^`]*)` not found in \\$PATH: no such file or directory")
+	// notExecutable are its messages for one that cannot be run, such as a
+	// folder; which one depends on the version.
+	notExecutable = lazy("the path `([^`]*)` (?:exists but it is not executable|is not a regular file): operation not permitted")
+	notOpened     = lazy("open executable: (permission denied|operation not permitted)")
+	// noCwd is its message for a working directory that cannot be entered.
+	noCwd = lazy("chdir `([^`]*)`: ")
+)
 
-// notExecutable are crun's messages for one that cannot be run, such as a
-// folder; which one depends on its version.
-var notExecutable = regexp.MustCompile("the path `([^`]*)` (?:exists but it is not executable|is not a regular file): operation not permitted")
-
-var notOpened = regexp.MustCompile("open executable: (permission denied|operation not permitted)")
-
-// noCwd is crun's message for a working directory that cannot be entered.
-var noCwd = regexp.MustCompile("chdir `([^`]*)`: ")
+func lazy(pattern string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(pattern) })
+}
 
 // rephrase returns err in the words of runc, of the same code.
 func rephrase(err error) error {
@@ -37,16 +42,16 @@ func rephrase(err error) error {
 
 func rephraseText(s string) string {
 	s = lowerErrno(s)
-	s = missing.ReplaceAllStringFunc(s, func(m string) string {
-		program := missing.FindStringSubmatch(m)[1]
+	s = missing().ReplaceAllStringFunc(s, func(m string) string {
+		program := missing().FindStringSubmatch(m)[1]
 		if strings.Contains(program, "/") {
 			return `exec: "` + program + `": stat ` + program + `: no such file or directory`
 		}
 		return `exec: "` + program + `": executable file not found in $PATH`
 	})
-	s = notExecutable.ReplaceAllString(s, `exec: "$1": permission denied`)
-	s = notOpened.ReplaceAllString(s, "exec: permission denied")
-	return noCwd.ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)
+	s = notExecutable().ReplaceAllString(s, `exec: "$1": permission denied`)
+	s = notOpened().ReplaceAllString(s, "exec: permission denied")
+	return noCwd().ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)
 }
 
 // lowerErrno turns libc's texts of error numbers into Go's, which differ in

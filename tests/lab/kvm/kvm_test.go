@@ -3,6 +3,7 @@
 package kvm
 
 import (
+	"bufio"
 	"os"
 	"path/filepath"
 	"slices"
@@ -70,42 +71,43 @@ func measure(t *testing.T, e *env.Env) {
 func TestKVMLifecycle(t *testing.T) {
 	e := start(t)
 	ctx := env.Context(t)
-	ctr := func(args ...string) string {
-		t.Helper()
-		out, err := e.Ctr(ctx, args...).Run()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
 
-	const script = "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; echo $1; sleep 1000"
-	ctr("run", "--detach", "--runtime", runtimeName, "--log-uri", "file://"+filepath.Join(e.Dir, "c1.log"),
-		image.BusyboxName, "c1", "sh", "-c", script, "sh", "word")
-
-	const inExec = "echo out; echo err >&2; cat /proc/1/comm; exit 7"
-	out, err := e.Ctr(ctx, "task", "exec", "--exec-id", "e1", "c1", "sh", "-c", inExec).Run()
-	if got := env.ExitCode(err); out != "out\nsh\n" || got != 7 {
-		t.Errorf("ctr task exec = %q, code %d (%v); want \"out\\nsh\\n\", code 7", out, got, err)
-	}
-
-	ctr("task", "kill", "--signal", "SIGKILL", "c1")
-	// Delete waits for the end, and returns the container's exit code.
-	_, err = e.Ctr(ctx, "task", "delete", "c1").Run()
-	if got := env.ExitCode(err); got != 137 {
-		t.Errorf("exit code after SIGKILL = %d (%v); want 137", got, err)
-	}
-	ctr("container", "delete", "c1")
-
-	log, err := os.ReadFile(filepath.Join(e.Dir, "c1.log"))
+	const script = "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; echo $1; exec sleep 1000"
+	run := e.Ctr(ctx, "run", "--rm", "--runtime", runtimeName, image.BusyboxName, "c1", "sh", "-c", script, "sh", "word")
+	stdout, err := run.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	words := strings.Fields(string(log))
-	if !slices.Contains(words, "kvm-clock") {
-		t.Errorf("clock sources in the guest = %q; want kvm-clock among them", log)
+	var stderr strings.Builder
+	run.Stderr = &stderr
+	if err := run.Start(); err != nil {
+		t.Fatal(err)
 	}
-	if len(words) == 0 || words[len(words)-1] != "word" {
-		t.Errorf("output of the container = %q; want it to end with \"word\"", log)
+	lines := bufio.NewScanner(stdout)
+	var output []string
+	for len(output) < 2 && lines.Scan() {
+		output = append(output, lines.Text())
+	}
+	if len(output) != 2 {
+		t.Fatalf("the container printed %q and ended: %v: %s", output, run.Wait(), stderr.String())
+	}
+	if clocks := strings.Fields(output[0]); !slices.Contains(clocks, "kvm-clock") {
+		t.Errorf("clock sources in the guest = %q; want kvm-clock among them", clocks)
+	}
+	if output[1] != "word" {
+		t.Errorf("second line of the container = %q; want \"word\"", output[1])
+	}
+
+	const inExec = "echo out; echo err >&2; cat /proc/1/comm; exit 7"
+	out, err := e.Ctr(ctx, "task", "exec", "--exec-id", "e1", "c1", "sh", "-c", inExec).Run()
+	if got := env.ExitCode(err); out != "out\nsleep\n" || got != 7 {
+		t.Errorf("ctr task exec = %q, code %d (%v); want \"out\\nsleep\\n\", code 7", out, got, err)
+	}
+
+	if _, err := e.Ctr(ctx, "task", "kill", "--signal", "SIGKILL", "c1").Run(); err != nil {
+		t.Error(err)
+	}
+	if err := run.Wait(); env.ExitCode(err) != 137 {
+		t.Errorf("ctr run of a container killed by SIGKILL = %v: %s; want exit code 137", err, stderr.String())
 	}
 }

@@ -1,0 +1,121 @@
+package conformance
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+)
+
+func bind(source, destination string, options ...string) specs.Mount {
+	return specs.Mount{Type: "bind", Source: source, Destination: destination, Options: append([]string{"rbind"}, options...)}
+}
+
+// withMounts is an option for a shell that waits, with these mounts.
+func withMounts(mounts ...specs.Mount) options {
+	return options{spec: func(s *specs.Spec) {
+		s.Process.Args = []string{"sleep", "1000"}
+		s.Mounts = append(s.Mounts, mounts...)
+	}}
+}
+
+// shell runs a command in the container and wants it to print this.
+func (s *shim) wantShell(id, command, want string) {
+	s.t.Helper()
+	out, errs, status := s.exec(id, "sh", "-c", command)
+	if out != want || status != 0 {
+		s.t.Errorf("%s = %q, stderr %q, status %d; want %q", command, out, errs, status, want)
+	}
+}
+
+func TestBindMounts(t *testing.T) {
+	host := t.TempDir()
+	for _, d := range []string{"rw", "ro", "files"} {
+		if err := os.Mkdir(filepath.Join(host, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, filepath.Join(host, "rw/seen"), "from host\n", 0o644)
+	write(t, filepath.Join(host, "ro/seen"), "read only\n", 0o644)
+	write(t, filepath.Join(host, "files/one"), "one\n", 0o644)
+	write(t, filepath.Join(host, "files/secret"), "secret\n", 0o644)
+	s := newShim(t, withMounts(
+		bind(filepath.Join(host, "rw"), "/rw", "rw"),
+		bind(filepath.Join(host, "ro"), "/ro", "ro"),
+		bind(filepath.Join(host, "files/one"), "/etc/one", "rw"),
+	))
+	s.mustCreate(nil, false)
+	s.mustStart("")
+
+	s.wantShell("read", "cat /rw/seen /ro/seen /etc/one", "from host\nread only\none\n")
+	s.wantShell("ro", "touch /ro/x 2>&1 | grep -o 'Read-only file system'", "Read-only file system\n")
+	// Only the file that was named is anywhere to be seen.
+	s.wantShell("sibling", "find / -xdev -name secret; find /rw /ro /etc -name secret", "")
+
+	s.wantShell("write", "echo from guest > /rw/guest; echo changed > /etc/one", "")
+	for file, want := range map[string]string{"rw/guest": "from guest\n", "files/one": "changed\n"} {
+		if got, err := os.ReadFile(filepath.Join(host, file)); err != nil || string(got) != want {
+			t.Errorf("on the host, %s = %q, %v; want %q", file, got, err, want)
+		}
+	}
+	write(t, filepath.Join(host, "rw/late"), "late\n", 0o644)
+	s.wantShell("late", "cat /rw/late", "late\n")
+	write(t, filepath.Join(host, "rw/seen"), "changed on the host\n", 0o644)
+	s.wantShell("changed", "i=0; until grep -q changed /rw/seen || [ $i = 50 ]; do sleep 0.1; i=$((i+1)); done; cat /rw/seen", "changed on the host\n")
+}
+
+func TestHundredMounts(t *testing.T) {
+	host := t.TempDir()
+	var mounts []specs.Mount
+	var want strings.Builder
+	for i := range 100 {
+		dir := filepath.Join(host, fmt.Sprint(i))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, "f"), fmt.Sprintln(i), 0o644)
+		source, destination := dir, fmt.Sprintf("/m/%03d", i)
+		if i%2 == 1 {
+			source, destination = filepath.Join(dir, "f"), destination+"/f"
+		}
+		mounts = append(mounts, bind(source, destination))
+		fmt.Fprintln(&want, i)
+	}
+	s := newShim(t, withMounts(mounts...))
+	s.mustCreate(nil, false)
+	s.mustStart("")
+	s.wantShell("all", "cat /m/*/f", want.String())
+}
+
+// The process's own properties, each as the kernel of the guest enforces it.
+func TestProcessProperties(t *testing.T) {
+	umask := uint32(0o27)
+	s := newShim(t, options{spec: func(s *specs.Spec) {
+		s.Process.Args = []string{"sh", "-c", "id -u; id -g; id -G; umask; pwd; hostname; echo $X; ulimit -n; cat /proc/self/oom_score_adj; cat /proc/sys/net/ipv4/ip_unprivileged_port_start"}
+		s.Process.User = specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{1000, 2000}, Umask: &umask}
+		s.Process.Cwd = "/tmp"
+		s.Process.Env = append(s.Process.Env, "X=a b")
+		adj := 500
+		s.Process.OOMScoreAdj = &adj
+		s.Hostname = "box"
+		s.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}
+	}})
+	out, errs, status := s.run()
+	want := "1000\n1000\n1000 2000\n0027\n/tmp\nbox\na b\n1024\n500\n80\n"
+	if out != want || status != 0 {
+		t.Errorf("the process saw %q (stderr %q, status %d); want %q", out, errs, status, want)
+	}
+}
+
+func TestReadonlyRootfs(t *testing.T) {
+	s := newShim(t, options{spec: func(s *specs.Spec) {
+		s.Root.Readonly = true
+		s.Process.Args = []string{"sh", "-c", "touch /x 2>/dev/null || echo no; touch /run/x && echo yes"}
+	}})
+	if out, _, _ := s.run(); out != "no\nyes\n" {
+		t.Errorf("writes = %q; want no, yes", out)
+	}
+}
