@@ -194,7 +194,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 	if _, err := sb.Agent().WriteBundle(ctx, &api.WriteBundleRequest{Id: c.id, Config: config}); err != nil {
 		return fmt.Errorf("write bundle of container %s: %w", c.id, errgrpc.ToNative(err))
 	}
-	names, err := s.attach(ctx, sb, io, c.id)
+	names, err := s.attach(ctx, sb, io)
 	if err != nil {
 		return err
 	}
@@ -257,7 +257,7 @@ type streamNames struct{ stdin, stdout, stderr string }
 
 // attach connects a process's streams to the guest. The names must go into the
 // next request for it.
-func (s *service) attach(ctx context.Context, sb *sandbox.Sandbox, io *stdio.IO, id string) (streamNames, error) {
+func (s *service) attach(ctx context.Context, sb *sandbox.Sandbox, io *stdio.IO) (streamNames, error) {
 	var names streamNames
 	var conns [3]stdio.Conn
 	stdin, stdout, stderr := io.Wants()
@@ -269,7 +269,7 @@ func (s *service) attach(ctx context.Context, sb *sandbox.Sandbox, io *stdio.IO,
 		if !st.wanted {
 			continue
 		}
-		name := fmt.Sprintf("%s.%d.%s", id, s.streams.Add(1), st.name)
+		name := fmt.Sprintf("%s.%d", st.name, s.streams.Add(1))
 		conn, err := sb.OpenStream(ctx, name)
 		if err != nil {
 			for _, c := range conns {

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -147,7 +148,27 @@ func (s *service) guestExit(e *eventstypes.TaskExit) {
 			return
 		}
 	}
-	s.exited(c, p, e.ExitStatus, exitTime(e.ExitedAt, time.Now()))
+	at := exitTime(e.ExitedAt, time.Now())
+	p.flushLogger()
+	s.exited(c, p, e.ExitStatus, at)
+}
+
+// loggerGrace is how long the report of an exit waits for output that is on its
+// way to a logging binary.
+const loggerGrace = 200 * time.Millisecond
+
+// flushLogger lets a logging binary have what the process wrote before its exit
+// is reported: nerdctl's stops to read when Wait returns. A client's FIFO needs
+// no such thing, as clients read to the end. Only a child that holds the
+// output open makes it take all of loggerGrace.
+func (p *process) flushLogger() {
+	io := p.getIO()
+	if io == nil || !strings.HasPrefix(p.stdio.Stdout, "binary") {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), loggerGrace)
+	defer cancel()
+	_ = io.Drain(ctx)
 }
 
 // exited records and announces the end of a process, once.

@@ -135,7 +135,7 @@ func (s *service) startExec(ctx context.Context, sb *sandbox.Sandbox, c *contain
 	if err != nil {
 		return err
 	}
-	names, err := s.attach(ctx, sb, io, c.id+"."+p.id)
+	names, err := s.attach(ctx, sb, io)
 	if err != nil {
 		return err
 	}

@@ -66,6 +66,14 @@ func boot(t testing.TB, mode string, extra ...string) *machine {
 	}
 	t.Cleanup(func() { m.Transport.Close() })
 	device := m.Device()
+	early := make(chan error, 1)
+	go func() {
+		c, err := m.Dial(ctx, exchange.Port)
+		if err == nil {
+			c.Close()
+		}
+		early <- err
+	}()
 	m.vm, err = qemu.Launch(ctx, qemu.Config{
 		Binary: wrapper(t, binary, extra), Start: lockedStart(t), Console: m.line, CacheDir: t.TempDir(),
 	}, hypervisor.Spec{
@@ -93,6 +101,10 @@ func boot(t testing.TB, mode string, extra ...string) *machine {
 		t.Fatalf("the guest does not dial: %v, %v", err, m.vm.Err())
 	}
 	t.Cleanup(func() { m.host.Close() })
+	if err := <-early; err != nil && !errors.Is(err, refused(mode)) {
+		// The guest's driver is ready before its program listens.
+		t.Errorf("Dial before the start: %v; want a connection, or %v", err, refused(mode))
+	}
 	return m
 }
 
@@ -307,13 +319,17 @@ func (m *machine) testGuestCloses(t *testing.T) {
 }
 
 func (m *machine) testRefused(t *testing.T) {
-	want := syscall.ECONNREFUSED
-	if m.Name() == vsock.Vhost {
-		want = syscall.ECONNRESET
+	if _, err := m.Dial(timeout(t), 4000); !errors.Is(err, refused(m.Name())) {
+		t.Errorf("Dial of a port without listener: %v; want %v", err, refused(m.Name()))
 	}
-	if _, err := m.Dial(timeout(t), 4000); !errors.Is(err, want) {
-		t.Errorf("Dial of a port without listener: %v; want %v", err, want)
+}
+
+// refused is what Dial returns when nobody listens.
+func refused(mode string) error {
+	if mode == vsock.Vhost {
+		return syscall.ECONNRESET
 	}
+	return syscall.ECONNREFUSED
 }
 
 // Connections leave nothing behind in the guest either, or this would run out

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -84,6 +87,28 @@ var scenarios = []scenario{
 		{"inspect", "-f", "{{.State.Status}}", "box"},
 		{"rm", "-f", "box"},
 	}},
+	{"restart", [][]string{
+		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo run >> /runs; wc -l < /runs; exec sleep 1000"},
+		{"restart", "-t", "0", "box"},
+		{"exec", "box", "wc", "-l", "/runs"},
+		{"rm", "-f", "box"},
+	}},
+	{"commit", [][]string{
+		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo made > /made; sleep 1000"},
+		{"exec", "box", "sh", "-c", "until [ -e /made ]; do sleep 0.1; done"},
+		{"commit", "box", "committed:latest"},
+		{"rm", "-f", "box"},
+		{"RUN", "--rm", "committed:latest", "cat", "/made"},
+		{"rmi", "-f", "committed:latest"},
+	}},
+	{"cp", [][]string{
+		{"RUN", "-d", "--name", "box", image.BusyboxName, "sleep", "1000"},
+		{"cp", "DIR/in", "box:/tmp/in"},
+		{"exec", "box", "cat", "/tmp/in"},
+		{"exec", "box", "sh", "-c", "echo from the container > /tmp/out"},
+		{"cp", "box:/tmp/out", "DIR/out"},
+		{"rm", "-f", "box"},
+	}},
 	{"logs", [][]string{
 		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo one; echo two; exit 5"},
 		{"wait", "box"},
@@ -121,11 +146,18 @@ func TestSameAsRunc(t *testing.T) {
 
 func (sc scenario) play(ctx context.Context, t *testing.T, e *env.Env, runtime string) []outcome {
 	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "in"), []byte("from the host\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	var all []outcome
 	for _, step := range sc.steps {
-		args := step
+		args := slices.Clone(step)
+		for i := range args {
+			args[i] = strings.Replace(args[i], "DIR", dir, 1)
+		}
 		if step[0] == "RUN" {
-			args = append([]string{"run", "--runtime", runtime, "--net", "none"}, step[1:]...)
+			args = append([]string{"run", "--runtime", runtime, "--net", "none"}, args[1:]...)
 		}
 		var stdout, stderr bytes.Buffer
 		cmd := e.Nerdctl(ctx, args...)
@@ -145,6 +177,9 @@ func (sc scenario) play(ctx context.Context, t *testing.T, e *env.Env, runtime s
 		}
 		t.Logf("%s: nerdctl %s: code %d, stdout %q, stderr %q", runtime, strings.Join(args, " "), o.Code, o.Stdout, stderr.String())
 		all = append(all, o)
+	}
+	if out, err := os.ReadFile(filepath.Join(dir, "out")); err == nil {
+		all = append(all, outcome{Stdout: string(out)})
 	}
 	return all
 }

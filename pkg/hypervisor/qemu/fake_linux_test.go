@@ -24,7 +24,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == fakeMarker {
 		fakeQEMU(os.Args[2], os.Args[3:])
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	os.RemoveAll(cacheDir())
+	os.Exit(code)
 }
 
 // fakeBinary returns a QEMU that reports its version as the real one does, and

@@ -9,10 +9,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 )
 
@@ -57,9 +59,13 @@ func kernels(t testing.TB) map[string]string {
 	return found
 }
 
-// testInitrd returns an initramfs with testdata/init in it.
+// testInitrd returns an initramfs with testdata/init in it, built now unless
+// VMRT_TEST_INITRD names one that was.
 func testInitrd(t testing.TB) string {
 	t.Helper()
+	if path := os.Getenv("VMRT_TEST_INITRD"); path != "" {
+		return path
+	}
 	dir := t.TempDir()
 	program := filepath.Join(dir, "init")
 	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", program, "./testdata/init")
@@ -142,17 +148,40 @@ func (c *console) wait(vm hypervisor.VM, text string) {
 	}
 }
 
-// testSpec returns a small machine with a silent vsock device.
+// testSpec returns a small machine with whatever accelerates it here. Its vsock
+// device is the kernel's under KVM, if that has one, and else a silent one.
 func testSpec(t *testing.T, kernel, initrd string) hypervisor.Spec {
 	t.Helper()
-	backend := silentVsock(t, 42)
-	t.Cleanup(func() { backend.Close() })
-	return hypervisor.Spec{
-		Name: "test", Accelerator: hypervisor.TCG, CPUs: 1, MemoryMiB: 128,
-		Kernel: kernel, Initrd: initrd,
-		Vsock: hypervisor.Vsock{CID: 42, Backend: backend},
+	chosen, err := accel.Choose(context.Background(), hypervisor.Auto, accel.Config{CacheDir: cacheDir()})
+	if err != nil {
+		t.Fatal(err)
 	}
+	spec := hypervisor.Spec{
+		Name: "test", Accelerator: chosen.Accelerator, CPUs: 1, MemoryMiB: 128, Kernel: kernel, Initrd: initrd,
+		Vsock: hypervisor.Vsock{CID: uint32(os.Getpid())<<8 | machines.Add(1)&0xff},
+	}
+	if f, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0); err == nil && chosen.Accelerator == hypervisor.KVM {
+		spec.Vsock.VhostFD = f
+		t.Cleanup(func() { f.Close() })
+		return spec
+	}
+	backend := silentVsock(t, uint64(spec.Vsock.CID))
+	t.Cleanup(func() { backend.Close() })
+	spec.Vsock.Backend = backend
+	return spec
 }
+
+// machines numbers the machines of this process.
+var machines atomic.Uint32
+
+// cacheDir is shared by the tests: what they ask about the host is the same.
+var cacheDir = sync.OnceValue(func() string {
+	dir, err := os.MkdirTemp("", "vmrt-qemu-test-")
+	if err != nil {
+		panic(err)
+	}
+	return dir
+})
 
 // launch starts a machine and kills it at the end of the test.
 func launch(t *testing.T, cfg qemu.Config, spec hypervisor.Spec) hypervisor.VM {
@@ -161,7 +190,7 @@ func launch(t *testing.T, cfg qemu.Config, spec hypervisor.Spec) hypervisor.VM {
 		cfg.Binary = qemuBinary(t)
 	}
 	if cfg.CacheDir == "" {
-		cfg.CacheDir = t.TempDir()
+		cfg.CacheDir = cacheDir()
 	}
 	vm, err := qemu.Launch(context.Background(), cfg, spec)
 	if err != nil {
