@@ -10,13 +10,14 @@ cd "$(dirname "$0")/.."
 MODULE=github.com/vmrt/vmrt
 # Packages whose tests start virtual machines or a containerd. They run one
 # after the other: they measure time, and each can keep the machine busy.
-VM=(./guest/... ./tests/...)
+VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/...)
 # The tests that also run in the nested machine, and which packages have them.
 KVM_PACKAGES=(./tests/...)
 KVM_RUN=${KVM_RUN:-^TestKVM}
 KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
 
-unit() { go list ./... | grep -v -e "^$MODULE/guest" -e "^$MODULE/tests"; }
+# others: the packages that are not of VM.
+others() { go list ./... | grep -vxFf <(go list "${VM[@]}"); }
 
 # go_test FLAG|PACKAGE...: a failed test is testsum's to report.
 go_test() { go test -json -timeout 30m ${TEST_FLAGS:-} "$@" || true; }
@@ -50,9 +51,9 @@ kvm() {
 case ${1:-} in
 all)
 	prepare
-	{ go_test $(unit); go_test -p 1 "${VM[@]}"; } | summary
+	{ go_test $(others); go_test -p 1 "${VM[@]}"; } | summary
 	;;
-unit) go_test $(unit) | summary ;;
+unit) go_test $(go list ./... | grep -v -e "^$MODULE/guest" -e "^$MODULE/tests") | summary ;;
 vm)
 	prepare
 	go_test -p 1 "${VM[@]}" | summary

@@ -47,7 +47,7 @@ var serial atomic.Uint64
 
 func unique(prefix string) string { return fmt.Sprintf("%s-%d", prefix, serial.Add(1)) }
 
-func connect(t *testing.T, m machine) *client {
+func connect(t testing.TB, m machine) *client {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -60,7 +60,7 @@ func connect(t *testing.T, m machine) *client {
 	return &client{machine: m, agent: api.NewAgentClient(c), task: taskapi.NewTTRPCTaskClient(c)}
 }
 
-func testContext(t *testing.T) context.Context {
+func testContext(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
@@ -74,7 +74,7 @@ type halfCloser interface {
 }
 
 // stream makes a stream and returns its URL.
-func (c *client) stream(t *testing.T) (string, halfCloser) {
+func (c *client) stream(t testing.TB) (string, halfCloser) {
 	t.Helper()
 	conn, err := c.dial(testContext(t), api.PortStream)
 	if err != nil {
@@ -96,12 +96,12 @@ func (c *client) stream(t *testing.T) (string, halfCloser) {
 // container is one container of a test.
 type container struct {
 	*client
-	t  *testing.T
+	t  testing.TB
 	id string
 }
 
 // prepare makes the bundle of a container that runs args; with edits.
-func (c *client) prepare(t *testing.T, args []string, edits ...func(*specs.Spec)) *container {
+func (c *client) prepare(t testing.TB, args []string, edits ...func(*specs.Spec)) *container {
 	t.Helper()
 	ctr := &container{client: c, t: t, id: unique("c")}
 	spec := baseSpec(ctr.id, args)
@@ -279,7 +279,7 @@ func (c *container) output(args ...string) (string, uint32) {
 }
 
 // running returns a container whose init sleeps.
-func (c *client) running(t *testing.T, edits ...func(*specs.Spec)) *container {
+func (c *client) running(t testing.TB, edits ...func(*specs.Spec)) *container {
 	t.Helper()
 	ctr := c.prepare(t, []string{"sleep", "1000"}, edits...)
 	ctr.mustCreate(stdio{})
@@ -288,7 +288,7 @@ func (c *client) running(t *testing.T, edits ...func(*specs.Spec)) *container {
 }
 
 // needRoot skips a test that cannot run otherwise.
-func needRoot(t *testing.T) {
+func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root")

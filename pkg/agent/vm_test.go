@@ -3,6 +3,7 @@ package agent_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -82,6 +83,8 @@ type vmSpec struct {
 	cmdline []string
 	cpus    int
 	welcome *api.Welcome // nil: the usual one
+	// programs are more files for the containers' /bin, by name.
+	programs map[string]string
 }
 
 // bootVM boots a machine and greets it.
@@ -105,7 +108,7 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	t.Cleanup(func() { v.transport.Close() })
 	spec := hypervisor.Spec{
 		Name: "vmrt-agent-test", Accelerator: verdict.Accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
-		Kernel: filepath.Join(dir, guest.KernelFile), Initrd: withRootfs(t, filepath.Join(dir, guest.InitramfsFile)),
+		Kernel: filepath.Join(dir, guest.KernelFile), Initrd: withRootfs(t, filepath.Join(dir, guest.InitramfsFile), s.programs),
 		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, v.transport.HostPort())}, s.cmdline...),
 		Vsock:   v.transport.Device(),
 	}
@@ -155,15 +158,11 @@ func lockedStart(t testing.TB) hypervisor.StartFunc {
 }
 
 // withRootfs returns an initrd with the containers' files behind that of path.
-func withRootfs(t testing.TB, path string) string {
+func withRootfs(t testing.TB, path string, programs map[string]string) string {
 	t.Helper()
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
 		t.Skipf("needs a static busybox: %v", err)
-	}
-	program, err := os.ReadFile(busybox)
-	if err != nil {
-		t.Fatal(err)
 	}
 	initrd, err := os.ReadFile(path)
 	if err != nil {
@@ -171,12 +170,15 @@ func withRootfs(t testing.TB, path string) string {
 	}
 	var a initramfs.Archive
 	for _, dir := range []string{"proc", "dev", "tmp", "sys"} {
-		err = errorsJoin(err, a.Dir("rootfs/"+dir, 0o755))
+		err = errors.Join(err, a.Dir("rootfs/"+dir, 0o755))
 	}
-	err = errorsJoin(err, a.File("rootfs/bin/busybox", 0o755, program))
-	err = errorsJoin(err, a.File("rootfs/etc/passwd", 0o644, []byte("root:x:0:0::/:/bin/sh\n")))
+	for name, file := range programs {
+		err = errors.Join(err, addProgram(&a, name, file))
+	}
+	err = errors.Join(err, addProgram(&a, "busybox", busybox))
+	err = errors.Join(err, a.File("rootfs/etc/passwd", 0o644, []byte("root:x:0:0::/:/bin/sh\n")))
 	for _, name := range applets {
-		err = errorsJoin(err, a.Symlink("rootfs/bin/"+name, "busybox"))
+		err = errors.Join(err, a.Symlink("rootfs/bin/"+name, "busybox"))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -192,11 +194,12 @@ func withRootfs(t testing.TB, path string) string {
 	return name
 }
 
-func errorsJoin(a, b error) error {
-	if a != nil {
-		return a
+func addProgram(a *initramfs.Archive, name, file string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
 	}
-	return b
+	return a.File("rootfs/bin/"+name, 0o755, b)
 }
 
 // TestVM runs the suite in a virtual machine.

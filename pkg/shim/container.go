@@ -28,6 +28,8 @@ type container struct {
 	init *process
 	// rootfs is the root file system's path in the share; set by Create.
 	rootfs string
+	// volumes are the container's bind mounts on the host; set by Create.
+	volumes []anchor.Bind
 
 	mu sync.Mutex
 	// anchor is the host process whose pid stands for the container, until
@@ -53,6 +55,13 @@ func (c *container) setAnchor(a *anchor.Anchor) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.anchor, c.lastPid = a, uint32(a.Pid())
+}
+
+// currentAnchor returns nil once init has exited.
+func (c *container) currentAnchor() *anchor.Anchor {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.anchor
 }
 
 // releasePid ends the anchor. Idempotent.

@@ -73,28 +73,15 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 
 // watchAnchor passes a signal that somebody on the host has ended the
 // container's host process with on to the container, as it would be with runc.
-func (s *service) watchAnchor(c *container) {
-	c.mu.Lock()
-	a := c.anchor
-	c.mu.Unlock()
-	if a == nil {
-		return
-	}
+func (s *service) watchAnchor(c *container, a *anchor.Anchor) {
 	<-a.Done()
-	if !c.anchorLost(a) {
-		return
+	if c.currentAnchor() != a {
+		return // it was ended here
 	}
 	_, err := s.Kill(s.ctx, &taskapi.KillRequest{ID: c.id, Signal: uint32(a.Signal())})
 	if err != nil {
 		log.G(s.ctx).WithError(err).WithField("container", c.id).Warn("pass on a signal to the container's host process")
 	}
-}
-
-// anchorLost reports whether a ended while it still stood for the container.
-func (c *container) anchorLost(a *anchor.Anchor) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.anchor == a
 }
 
 // Pause freezes the container.

@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/anchor"
@@ -52,13 +54,23 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}()
 	c, err := s.newContainer(r)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, errgrpc.ToGRPC(refuse(err))
 	}
 	undo.add(func(context.Context) { s.forget(c) })
 	if err := s.create(ctx, c, r, &undo); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, errgrpc.ToGRPC(refuse(err))
 	}
 	return &taskapi.CreateTaskResponse{Pid: c.pid()}, nil
+}
+
+// refuse changes the kind of an error of Create that says "not implemented":
+// containerd takes that for a shim of an older Task API, asks again in that,
+// and shows the user the second error.
+func refuse(err error) error {
+	if !errdefs.IsNotImplemented(err) {
+		return err
+	}
+	return errgrpc.ToNative(status.Error(codes.FailedPrecondition, err.Error()))
 }
 
 // newContainer checks the request and records the container.
@@ -218,7 +230,14 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 			Stdin: c.init.stdio.Stdin, Stdout: c.init.stdio.Stdout, Stderr: c.init.stdio.Stderr, Terminal: c.init.stdio.Terminal,
 		},
 	})
-	go s.watchAnchor(c)
+	// Nil if the guest's events came first and told of the container's end.
+	if a := c.currentAnchor(); a != nil {
+		// The OCI runtime has made the mount points by now.
+		if err := a.Bind(sb.Namespaces(), c.volumes...); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("volumes are not seen below the container's host process")
+		}
+		go s.watchAnchor(c, a)
+	}
 	return nil
 }
 
@@ -248,6 +267,7 @@ func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *conta
 			return nil, fmt.Errorf("OCI runtime create failed: error mounting %q to rootfs at %q: %w", b.Source, b.Destination, err)
 		}
 		plan.SetSource(i, path.Join(api.GuestShare, entry.Share))
+		c.volumes = append(c.volumes, anchor.Bind{Source: entry.Host, Target: b.Destination})
 	}
 	return guestspec.Encode(plan.Spec)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmrt/vmrt/pkg/podns/podnstest"
 	"github.com/vmrt/vmrt/pkg/storage"
 )
 
@@ -269,9 +270,5 @@ func watchUnmount(t *testing.T, dir string) func() bool {
 	if _, err := unix.InotifyAddWatch(watch, dir, unix.IN_UNMOUNT); err != nil {
 		t.Fatal(err)
 	}
-	return func() bool {
-		poll := []unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}
-		n, _ := unix.Poll(poll, int(answerLimit.Milliseconds()))
-		return n == 1
-	}
+	return func() bool { return podnstest.Readable(t, watch) }
 }

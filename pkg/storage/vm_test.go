@@ -105,7 +105,11 @@ func boot(tb testing.TB, cfg storage.DaemonConfig) *machine {
 	if _, err := os.Stat(kernel); err != nil {
 		missing(tb, "no guest kernel: %v; make kernel initramfs", err)
 	}
-	binary, err := exec.LookPath("qemu-system-x86_64")
+	name := os.Getenv("VMRT_QEMU")
+	if name == "" {
+		name = "qemu-system-x86_64"
+	}
+	binary, err := exec.LookPath(name)
 	if err != nil {
 		missing(tb, "no QEMU: %v", err)
 	}

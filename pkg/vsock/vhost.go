@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/mdlayher/vsock"
@@ -171,6 +172,10 @@ func (t *vhost) Accept(ctx context.Context) (Conn, error) {
 	}
 }
 
+// notReadyPause is between attempts to reach a guest whose driver is not ready
+// on a kernel that refuses at once. Nothing announces that it is.
+const notReadyPause = 20 * time.Millisecond
+
 func (t *vhost) Dial(ctx context.Context, port uint32) (Conn, error) {
 	// Close ends dials as well.
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -186,17 +191,52 @@ func (t *vhost) Dial(ctx context.Context, port uint32) (Conn, error) {
 	}()
 	for {
 		c, err := vsock.DialContext(ctx, t.cid, port, nil)
-		switch {
-		case err == nil:
+		if err == nil {
 			return t.track(c)
-		case ctx.Err() != nil:
-			return nil, fmt.Errorf("dial vsock vm(%d):%d: %w", t.cid, port, context.Cause(ctx))
-		case !errors.Is(err, unix.ETIMEDOUT):
-			return nil, err
 		}
-		// The kernel gives up after two seconds when the guest's driver is
-		// not ready.
+		if ctx.Err() == nil {
+			if !notReady(err) {
+				return nil, refused(err)
+			}
+			wait(ctx, err)
+		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("dial vsock vm(%d):%d: %w", t.cid, port, context.Cause(ctx))
+		}
 	}
+}
+
+// notReady reports whether a dial failed because the guest's driver does not
+// take packets yet. Linux gives up after two seconds (net/vmw_vsock/af_vsock.c,
+// VSOCK_DEFAULT_CONNECT_TIMEOUT), or refuses at once where it notices. A guest
+// that refuses is another error, ECONNRESET.
+func notReady(err error) bool {
+	return errors.Is(err, unix.ETIMEDOUT) || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.EHOSTUNREACH)
+}
+
+// wait pauses after an attempt that did not take its time itself.
+func wait(ctx context.Context, err error) {
+	if errors.Is(err, unix.ETIMEDOUT) {
+		return
+	}
+	pause := time.NewTimer(notReadyPause)
+	defer pause.Stop()
+	select {
+	case <-pause.C:
+	case <-ctx.Done():
+	}
+}
+
+// refused gives a guest's reset of a connection that does not exist yet the
+// name that it has in other protocols.
+func refused(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && errors.Is(op.Err, unix.ECONNRESET) {
+		refusal := *op
+		refusal.Err = unix.ECONNREFUSED
+		return &refusal
+	}
+	return err
 }
 
 func (t *vhost) Close() error {

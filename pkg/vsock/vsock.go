@@ -40,17 +40,17 @@ type Transport interface {
 	HostPort() uint32
 	// Device is what hypervisor.Spec needs. Its file must be closed once the
 	// VMM has inherited it: only then does the VMM's end break connections
-	// and end waits. Close closes it if that has not happened. Every call
-	// returns the same file.
+	// and, with VhostUser, end waits. Close closes it if that has not
+	// happened. Every call returns the same file.
 	Device() hypervisor.Vsock
 	// Dial connects to a port of the guest. Before the guest's driver is
-	// ready it waits; a port on which nobody listens is ECONNREFUSED at
-	// once (vhost-user) or ECONNRESET (vhost). It returns ctx's error when
-	// ctx ends first and net.ErrClosed after Close.
+	// ready it waits; a port on which nobody listens is ECONNREFUSED. It
+	// returns ctx's error when ctx ends first and net.ErrClosed after Close.
+	// With Vhost the end of the VMM does not end it.
 	Dial(ctx context.Context, port uint32) (Conn, error)
 	// Accept returns the next connection that this guest made to HostPort.
 	// It returns ctx's error when ctx ends first and net.ErrClosed after
-	// Close.
+	// Close. With Vhost the end of the VMM does not end it.
 	Accept(ctx context.Context) (Conn, error)
 	// Close breaks all connections, ends all waits and frees the device.
 	// Idempotent.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
 )
@@ -160,5 +162,33 @@ func TestSignal(t *testing.T) {
 	}
 	if err := cmd.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("Signal after the end = %v; want os.ErrProcessDone", err)
+	}
+}
+
+// The drop-in must mean to containerd what it says.
+func TestDropIn(t *testing.T) {
+	root, err := tools.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, branch := range []string{"2.3", "2.4"} {
+		t.Run(branch, func(t *testing.T) {
+			ctx := env.Context(t)
+			e := env.ForTest(t, env.Config{
+				Containerd: branch,
+				Imports:    []string{filepath.Join(root, "deploy/containerd/*.toml")},
+			})
+			out, err := e.Command(ctx, "containerd", "--config", filepath.Join(e.Dir, "containerd.toml"), "config", "dump").Run()
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, section, found := strings.Cut(out, ".containerd.runtimes.vmrt]\n")
+			section, _, _ = strings.Cut(section, "\n\n")
+			for _, want := range []string{"runtime_type = 'io.containerd.vmrt.v2'", "privileged_without_host_devices = true"} {
+				if !found || !strings.Contains(section, want) {
+					t.Errorf("configuration of the runtime = %q; want %s", section, want)
+				}
+			}
+		})
 	}
 }

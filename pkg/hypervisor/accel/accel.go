@@ -8,8 +8,8 @@
 // the clock.
 //
 // Choose may be called from any goroutine and by many processes at once. It
-// takes a few milliseconds where KVM works, up to 50 where it is slow, and
-// never more than HardLimit. If the kernel does not give the probing thread
+// takes a few milliseconds where KVM works, about 50 where it is slow, and never
+// more than HardLimit, or Patience if KVM was asked for. If the kernel does not give the probing thread
 // back by then, that thread is left behind, with one virtual machine; nothing
 // waits for it. A measured verdict is cached until the next boot, any other is
 // not.
@@ -35,8 +35,12 @@ const (
 	DefaultDevice = "/dev/kvm"
 	// SoftLimit is when a probe decides by what it has measured so far.
 	SoftLimit = 50 * time.Millisecond
-	// HardLimit is when a probe that measured nothing is given up.
+	// HardLimit is when a probe that measured nothing is given up, if there
+	// is TCG to go on with.
 	HardLimit = 300 * time.Millisecond
+	// Patience is the same when KVM was asked for and there is nothing else:
+	// a host may just be busy.
+	Patience = 5 * time.Second
 	// slow is the speed, in nanoseconds an instruction, from which on KVM is
 	// worse than TCG. Processors take below 1, also in nested machines, and
 	// below 20 where the outer machine is itself emulated; TCG takes 1 to
@@ -75,6 +79,9 @@ type verdict struct {
 	err error
 }
 
+// prober measures a device and gives up after a time.
+type prober func(ctx context.Context, device string, hard time.Duration) verdict
+
 // Choose turns a wish into an accelerator. hypervisor.Auto is KVM where a guest
 // runs at the processor's speed and else TCG. hypervisor.KVM is an error where
 // it is not usable, which says why. hypervisor.TCG is always granted.
@@ -88,7 +95,7 @@ func Choose(ctx context.Context, wish hypervisor.Accelerator, cfg Config) (Resul
 	return choose(ctx, wish, cfg, probe)
 }
 
-func choose(ctx context.Context, wish hypervisor.Accelerator, cfg Config, probe func(context.Context, string) verdict) (Result, error) {
+func choose(ctx context.Context, wish hypervisor.Accelerator, cfg Config, probe prober) (Result, error) {
 	switch wish {
 	case hypervisor.TCG:
 		return Result{Accelerator: hypervisor.TCG, Reason: "TCG was asked for"}, nil
@@ -96,7 +103,11 @@ func choose(ctx context.Context, wish hypervisor.Accelerator, cfg Config, probe 
 	default:
 		return Result{}, fmt.Errorf("accelerator %q: want %q, %q or %q", wish, hypervisor.Auto, hypervisor.KVM, hypervisor.TCG)
 	}
-	v, cached := look(ctx, cfg, probe)
+	hard := HardLimit
+	if wish == hypervisor.KVM {
+		hard = Patience
+	}
+	v, cached := look(ctx, cfg, hard, probe)
 	if ctx.Err() != nil {
 		return Result{}, fmt.Errorf("probe %s: %w", cfg.Device, context.Cause(ctx))
 	}
@@ -119,7 +130,7 @@ func choose(ctx context.Context, wish hypervisor.Accelerator, cfg Config, probe 
 }
 
 // look returns the cached verdict or a new one.
-func look(ctx context.Context, cfg Config, probe func(context.Context, string) verdict) (v verdict, cached bool) {
+func look(ctx context.Context, cfg Config, hard time.Duration, probe prober) (v verdict, cached bool) {
 	key, err := identity(cfg.Device)
 	if err != nil {
 		return verdict{err: err}, false
@@ -128,7 +139,7 @@ func look(ctx context.Context, cfg Config, probe func(context.Context, string) v
 	if err := bootcache.Load(file, key, &v); err == nil && v.Measured {
 		return v, true
 	}
-	v = probe(ctx, cfg.Device)
+	v = probe(ctx, cfg.Device, hard)
 	if v.Measured {
 		// Without the cache the next caller measures again, nothing else.
 		_ = bootcache.Store(file, key, v)

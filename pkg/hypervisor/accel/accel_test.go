@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 )
@@ -39,7 +40,7 @@ func TestChoose(t *testing.T) {
 			cfg := Config{Device: device, CacheDir: t.TempDir()}
 			probes := 0
 			for i := range 2 {
-				r, err := choose(context.Background(), tt.wish, cfg, func(context.Context, string) verdict { probes++; return tt.verdict })
+				r, err := choose(context.Background(), tt.wish, cfg, func(context.Context, string, time.Duration) verdict { probes++; return tt.verdict })
 				if errors.Is(err, errors.ErrUnsupported) {
 					t.Skip(err)
 				}
@@ -62,8 +63,8 @@ func TestChoose(t *testing.T) {
 }
 
 func TestChooseProbesAgain(t *testing.T) {
-	native := func(probes *int) func(context.Context, string) verdict {
-		return func(context.Context, string) verdict {
+	native := func(probes *int) prober {
+		return func(context.Context, string, time.Duration) verdict {
 			*probes++
 			return verdict{Measured: true, NanosPerInstruction: 1}
 		}
@@ -133,10 +134,24 @@ func TestChooseRegularFile(t *testing.T) {
 	}
 }
 
+// TestChooseWaits: whoever insists on KVM waits longer for it.
+func TestChooseWaits(t *testing.T) {
+	for wish, want := range map[hypervisor.Accelerator]time.Duration{hypervisor.Auto: HardLimit, hypervisor.KVM: Patience} {
+		var got time.Duration
+		_, _ = choose(context.Background(), wish, Config{Device: device, CacheDir: t.TempDir()}, func(_ context.Context, _ string, hard time.Duration) verdict {
+			got = hard
+			return verdict{Measured: true, NanosPerInstruction: 1}
+		})
+		if got != want && got != 0 { // 0: not supported here
+			t.Errorf("Choose(%q) gives up after %v; want %v", wish, got, want)
+		}
+	}
+}
+
 func TestChooseEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_, err := choose(ctx, hypervisor.Auto, Config{Device: device, CacheDir: t.TempDir()}, func(ctx context.Context, _ string) verdict {
+	_, err := choose(ctx, hypervisor.Auto, Config{Device: device, CacheDir: t.TempDir()}, func(ctx context.Context, _ string, _ time.Duration) verdict {
 		return verdict{err: ctx.Err()}
 	})
 	if !errors.Is(err, context.Canceled) {

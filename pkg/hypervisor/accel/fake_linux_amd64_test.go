@@ -23,7 +23,7 @@ const (
 // code in long mode, and does what that code does.
 type fakeKernel struct {
 	t *testing.T
-	// nanos is the time that an instruction takes.
+	// nanos is the processor time that an instruction takes.
 	nanos float64
 	// firstSlice is added to the first slice.
 	firstSlice time.Duration
@@ -150,11 +150,13 @@ func (k *fakeKernel) ioctlPtr(fd int, request uint, arg unsafe.Pointer) error {
 
 // run is KVM_RUN up to the code's OUT.
 func (k *fakeKernel) run() error {
-	if k.shared[runImmediateExit] != 0 {
+	if immediateExit(k.shared).Load() != 0 {
 		return unix.EINTR
 	}
 	k.checkGuest()
-	k.slices++
+	if k.regs.r8 == rounds {
+		k.slices++
+	}
 	if k.slices == 1 {
 		k.thread += k.firstSlice
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -41,12 +42,21 @@ const (
 
 // Offsets in struct kvm_run.
 const (
-	runImmediateExit = 1
-	runExitReason    = 8
-	runIODirection   = 32
-	runIOPort        = 34
-	runSize          = 2352
+	runExitReason  = 8
+	runIODirection = 32
+	runIOPort      = 34
+	runSize        = 2352
 )
+
+// leaveNow makes KVM_RUN return before it enters the guest: the second byte of
+// struct kvm_run, immediate_exit, is not 0.
+const leaveNow = 1 << 8
+
+// immediateExit returns the first word of a struct kvm_run. It is the one part
+// of it that others than the virtual CPU's thread write.
+func immediateExit(shared []byte) *atomic.Uint32 {
+	return (*atomic.Uint32)(unsafe.Pointer(&shared[0]))
+}
 
 type userMemoryRegion struct {
 	slot, flags         uint32

@@ -43,17 +43,19 @@ var code = []byte{
 const (
 	perRound = 5 // instructions between next and jnz
 	rounds   = 2000
-	// slices is how many runs of rounds must be slow for the verdict "slow":
-	// the first one also pays for page faults.
-	slices = 3
+	// slices is how many runs of rounds must be slow for the verdict "slow",
+	// and hurriedSlices how many suffice after the soft limit. One is not
+	// enough: the host may have been busy with other things.
+	slices        = 3
+	hurriedSlices = 2
 	// enough is how many instructions of a slice that was interrupted say
 	// something about its speed.
 	enough = 500
 )
 
 // probe measures on the kernel's KVM.
-func probe(ctx context.Context, device string) verdict {
-	return probeOn(ctx, host{}, device, SoftLimit, HardLimit)
+func probe(ctx context.Context, device string, hard time.Duration) verdict {
+	return probeOn(ctx, host{}, device, SoftLimit, hard)
 }
 
 // probeOn runs the measurement on a thread of its own, hurries it at soft and
@@ -75,6 +77,7 @@ func probeOn(ctx context.Context, sys system, device string, soft, hard time.Dur
 		case v := <-result:
 			return v
 		case <-hurry.C:
+			m.hurried.Store(true)
 			m.interrupt()
 		case <-giveUp.C:
 			m.abandon()
@@ -93,6 +96,7 @@ type measurement struct {
 	device string
 	// step names the system call that the thread is in.
 	step      atomic.Value // string
+	hurried   atomic.Bool
 	abandoned atomic.Bool
 
 	memory  []byte
@@ -110,7 +114,7 @@ func (m *measurement) interrupt() {
 	defer m.mu.Unlock()
 	if m.shared != nil {
 		// For a thread that is just about to enter.
-		m.shared[runImmediateExit] = 1
+		immediateExit(m.shared).Store(leaveNow)
 	}
 	if m.thread != 0 {
 		m.sys.interrupt(m.thread)
@@ -143,6 +147,9 @@ func (m *measurement) run() verdict {
 		return verdict{err: err}
 	}
 	if err := m.enterLongMode(); err != nil {
+		return verdict{err: err}
+	}
+	if err := m.warmUp(); err != nil {
 		return verdict{err: err}
 	}
 	return m.measure()
@@ -242,67 +249,99 @@ func (m *measurement) enterLongMode() error {
 	if err := m.ioctlPtr("KVM_SET_SREGS", m.vcpu, kvmSetSregs, unsafe.Pointer(&s)); err != nil {
 		return err
 	}
-	r := regs{rip: codePage, rflags: 2, rbx: dataPage, r8: rounds}
+	r := regs{rip: codePage, rflags: 2, rbx: dataPage, r8: 1}
 	return m.ioctlPtr("KVM_SET_REGS", m.vcpu, kvmSetRegs, unsafe.Pointer(&r))
 }
 
-// measure runs slices until one is fast, or all are slow, or time is up.
+// warmUp runs a single round, in which the guest's pages are faulted in, and
+// leaves the guest ready for whole slices.
+func (m *measurement) warmUp() error {
+	for {
+		_, err := m.enter()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) || m.abandoned.Load() {
+			return err
+		}
+	}
+	if err := m.checkExit(1); err != nil {
+		return err
+	}
+	var r regs
+	if err := m.ioctlPtr("KVM_GET_REGS", m.vcpu, kvmGetRegs, unsafe.Pointer(&r)); err != nil {
+		return err
+	}
+	r.r8 = rounds
+	return m.ioctlPtr("KVM_SET_REGS", m.vcpu, kvmSetRegs, unsafe.Pointer(&r))
+}
+
+// measure runs slices until one is fast, or enough are slow.
 func (m *measurement) measure() verdict {
 	var v verdict
-	for range slices {
-		nanos, ended, err := m.slice()
+	for done := 0; done < slices && (done < hurriedSlices || !m.hurried.Load()); {
+		nanos, err := m.slice()
 		if err != nil {
 			return verdict{err: err}
 		}
-		if nanos > 0 && (!v.Measured || nanos < v.NanosPerInstruction) {
+		if nanos == 0 {
+			continue
+		}
+		done++
+		if !v.Measured || nanos < v.NanosPerInstruction {
 			v.Measured, v.NanosPerInstruction = true, nanos
 		}
-		if v.Measured && (ended || v.NanosPerInstruction < slow) {
+		if nanos < slow {
 			break
 		}
-	}
-	if !v.Measured {
-		v.err = fmt.Errorf("%s: the guest did not get on", m.device)
 	}
 	return v
 }
 
 // slice runs the guest to its next exit and returns its speed in nanoseconds
-// an instruction, 0 if it did too little to tell. ended: it was interrupted.
-func (m *measurement) slice() (nanos float64, ended bool, err error) {
+// an instruction, 0 if it was interrupted too early to tell.
+func (m *measurement) slice() (nanos float64, err error) {
 	binary.LittleEndian.PutUint64(m.memory[dataPage:], 0)
+	took, err := m.enter()
+	executed := rounds * perRound
+	switch {
+	case m.abandoned.Load():
+		return 0, errors.New("abandoned")
+	case errors.Is(err, unix.EINTR):
+		if executed, err = m.progress(); err != nil || executed < enough {
+			return 0, err
+		}
+	case err != nil:
+		return 0, err
+	default:
+		if err := m.checkExit(rounds); err != nil {
+			return 0, err
+		}
+	}
+	return float64(max(took, 1)) / float64(executed), nil
+}
+
+// enter runs the guest to its next exit and returns the processor time it took.
+func (m *measurement) enter() (time.Duration, error) {
 	before, err := m.sys.threadTime()
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	_, runErr := m.ioctl("KVM_RUN", m.vcpu, kvmRun, 0)
 	after, err := m.sys.threadTime()
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
-	executed := rounds * perRound
-	switch {
-	case m.abandoned.Load():
-		return 0, true, errors.New("abandoned")
-	case errors.Is(runErr, unix.EINTR) || errors.Is(runErr, unix.EAGAIN):
+	if errors.Is(runErr, unix.EINTR) {
 		m.mu.Lock()
-		m.shared[runImmediateExit] = 0
+		immediateExit(m.shared).Store(0)
 		m.mu.Unlock()
-		if executed, err = m.progress(); err != nil || executed < enough {
-			return 0, true, err
-		}
-		ended = true
-	case runErr != nil:
-		return 0, false, runErr
-	default:
-		if err := m.checkExit(); err != nil {
-			return 0, false, err
-		}
 	}
-	return float64(max(after-before, 1)) / float64(executed), ended, nil
+	return after - before, runErr
 }
 
-// progress returns how many instructions of an interrupted slice are done.
+// progress ends a slice that was interrupted, returning how many instructions
+// of it are done.
 func (m *measurement) progress() (int, error) {
 	var r regs
 	if err := m.ioctlPtr("KVM_GET_REGS", m.vcpu, kvmGetRegs, unsafe.Pointer(&r)); err != nil {
@@ -311,18 +350,24 @@ func (m *measurement) progress() (int, error) {
 	if r.rcx > rounds {
 		return 0, fmt.Errorf("%s: the guest's counter is %d: want at most %d", m.device, r.rcx, rounds)
 	}
-	return int(rounds-r.rcx) * perRound, nil
+	executed := int(rounds-r.rcx) * perRound
+	if binary.LittleEndian.Uint64(m.memory[dataPage:]) == 0 {
+		executed = 0 // rcx is the slice's before
+	}
+	// The next slice is a whole one.
+	r.rip, r.rcx = codePage, 0
+	return executed, m.ioctlPtr("KVM_SET_REGS", m.vcpu, kvmSetRegs, unsafe.Pointer(&r))
 }
 
-// checkExit checks that the guest finished its sum.
-func (m *measurement) checkExit() error {
+// checkExit checks that the guest finished its sum of the numbers up to n.
+func (m *measurement) checkExit(n uint64) error {
 	reason := binary.LittleEndian.Uint32(m.shared[runExitReason:])
 	port := binary.LittleEndian.Uint16(m.shared[runIOPort:])
 	if reason != exitIO || m.shared[runIODirection] != 1 || port != donePort {
 		return fmt.Errorf("%s: the guest ended with exit %d%s", m.device, reason, exitName(reason))
 	}
 	sum := binary.LittleEndian.Uint64(m.memory[dataPage:])
-	if want := uint64(rounds * (rounds + 1) / 2); sum != want {
+	if want := n * (n + 1) / 2; sum != want {
 		return fmt.Errorf("%s: the guest's sum is %d: want %d", m.device, sum, want)
 	}
 	return nil
@@ -340,21 +385,30 @@ func exitName(reason uint32) string {
 	return ""
 }
 
-func (m *measurement) ioctl(name string, fd int, request uint, arg uintptr) (int, error) {
-	m.step.Store(name)
-	n, err := m.sys.ioctl(fd, request, arg)
-	if err != nil {
-		return 0, fmt.Errorf("%s: %s: %w", m.device, name, err)
-	}
-	return n, nil
+// ioctl asks again when it was interrupted, unless it runs the guest.
+func (m *measurement) ioctl(name string, fd int, request uint, arg uintptr) (n int, err error) {
+	err = m.call(name, request != kvmRun, func() (err error) {
+		n, err = m.sys.ioctl(fd, request, arg)
+		return err
+	})
+	return n, err
 }
 
 func (m *measurement) ioctlPtr(name string, fd int, request uint, arg unsafe.Pointer) error {
+	return m.call(name, true, func() error { return m.sys.ioctlPtr(fd, request, arg) })
+}
+
+func (m *measurement) call(name string, again bool, ioctl func() error) error {
 	m.step.Store(name)
-	if err := m.sys.ioctlPtr(fd, request, arg); err != nil {
-		return fmt.Errorf("%s: %s: %w", m.device, name, err)
+	for {
+		err := ioctl()
+		if err == nil {
+			return nil
+		}
+		if !again || !errors.Is(err, unix.EINTR) || m.abandoned.Load() {
+			return fmt.Errorf("%s: %s: %w", m.device, name, err)
+		}
 	}
-	return nil
 }
 
 // release undoes create, however far it came.

@@ -8,9 +8,10 @@ import (
 	"fmt"
 	"io/fs"
 	"runtime"
+	"time"
 )
 
-func probe(context.Context, string) verdict { return verdict{err: unsupported()} }
+func probe(context.Context, string, time.Duration) verdict { return verdict{err: unsupported()} }
 
 func nodeOf(fs.FileInfo) (string, error) { return "", unsupported() }
 

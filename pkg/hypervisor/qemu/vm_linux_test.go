@@ -17,29 +17,24 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 )
 
-// eachKernel runs a test with every kernel that was built.
+// eachKernel runs a test with every kind of kernel.
 func eachKernel(t *testing.T, test func(t *testing.T, spec hypervisor.Spec)) {
 	qemuBinary(t)
-	found, initrd := kernels(t), testInitrd(t)
-	for name, kernel := range found {
-		t.Run(name, func(t *testing.T) { test(t, testSpec(t, kernel, initrd)) })
+	for _, kind := range []string{guest.Tuned, guest.Stock} {
+		t.Run(kind, func(t *testing.T) { test(t, testSpec(t, kernelOf(t, kind), testInitrd(t))) })
 	}
 }
 
-// tuned runs a test with a kernel that has its drivers built in.
+// tuned runs a test with the kernel that has its drivers built in.
 func tuned(t *testing.T) hypervisor.Spec {
+	t.Helper()
 	qemuBinary(t)
-	for name, kernel := range kernels(t) {
-		if strings.Contains(name, "tuned") {
-			return testSpec(t, kernel, testInitrd(t))
-		}
-	}
-	t.Skip("no tuned guest kernel")
-	return hypervisor.Spec{}
+	return testSpec(t, kernelOf(t, guest.Tuned), testInitrd(t))
 }
 
 func TestIntegrationBootAndKill(t *testing.T) {
@@ -146,7 +141,15 @@ func TestIntegrationUnprivileged(t *testing.T) {
 	cfg := qemu.Config{Credential: &syscall.Credential{Uid: 54321, Gid: 54321}}
 	c := newConsole(t)
 	cfg.Console = c.line
-	vm := launch(t, cfg, spec)
+	cfg.Binary, cfg.CacheDir = qemuBinary(t), cacheDir()
+	vm, err := qemu.Launch(context.Background(), cfg, spec)
+	if spec.Accelerator == hypervisor.KVM && errors.Is(err, os.ErrPermission) {
+		t.Skipf("QEMU before 9.0 must open /dev/kvm itself: %v", err)
+	}
+	if err != nil {
+		t.Fatalf("Launch() = %v", err)
+	}
+	defer kill(t, vm)
 	c.wait(vm, "vmrt-test: ready")
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.Pid()))
 	if err != nil {

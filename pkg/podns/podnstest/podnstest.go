@@ -7,6 +7,7 @@ package podnstest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -79,6 +80,23 @@ func Receive[T any](tb testing.TB, what string, c <-chan T) {
 	case <-c:
 	case <-time.After(patience):
 		tb.Fatalf("after %v still waiting for %s", patience, what)
+	}
+}
+
+// Readable waits until fd can be read, which for a pidfd says that the process
+// has ended, and reports whether that came.
+func Readable(tb testing.TB, fd int) bool {
+	tb.Helper()
+	for end := time.Now().Add(patience); ; {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, int(max(0, time.Until(end)).Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			tb.Fatal("poll: ", err)
+		}
+		return n == 1
 	}
 }
 

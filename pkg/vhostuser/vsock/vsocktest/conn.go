@@ -1,6 +1,7 @@
 package vsocktest
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
@@ -25,7 +26,7 @@ type Conn struct {
 	detached, muted   bool
 	err               error
 	shut, peerShut    uint32
-	buf               []byte
+	buf               bytes.Buffer
 	rx, fwd, told     uint32
 	tx                uint32
 	peerAlloc, peer   uint32
@@ -118,12 +119,12 @@ func (c *Conn) handle(h *Header, payload []byte) {
 			c.fwd += h.Len
 			return
 		}
-		c.buf = append(c.buf, payload...)
+		c.buf.Write(payload)
 	case OpCreditRequest:
 		_ = c.send(OpCreditUpdate, 0, nil)
 	case OpShutdown:
 		c.peerShut |= h.Flags
-		if c.peerShut == shutBoth && (len(c.buf) == 0 || c.closed) {
+		if c.peerShut == shutBoth && (c.buf.Len() == 0 || c.closed) {
 			_ = c.send(OpReset, 0, nil)
 			c.detach(nil)
 		}
@@ -144,7 +145,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 			return 0, c.opError("read", os.ErrDeadlineExceeded)
 		case len(p) == 0:
 			return 0, nil
-		case len(c.buf) > 0:
+		case c.buf.Len() > 0:
 			return c.take(p), nil
 		case c.peerShut&shutSend != 0, c.shut&shutReceive != 0:
 			return 0, io.EOF
@@ -158,10 +159,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 // take moves bytes from the buffer, and tells the host as Linux does: when
 // less than one packet of the largest size is left of what it knows.
 func (c *Conn) take(p []byte) int {
-	n := copy(p, c.buf)
-	if c.buf = c.buf[n:]; len(c.buf) == 0 {
-		c.buf = nil
-	}
+	n, _ := c.buf.Read(p)
 	c.fwd += uint32(n)
 	if free := c.g.cfg.Credit - (c.rx - c.told); free < maxPayload && !c.detached {
 		_ = c.send(OpCreditUpdate, 0, nil)
