@@ -210,4 +210,3 @@ func cpuTime(t testing.TB, pid int) time.Duration {
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
-

@@ -61,21 +61,25 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 		"sandbox": s.cfg.ID, "kernel": s.boot.Kernel, "release": s.boot.Release,
 		"accelerator": s.boot.Accelerator, "reason": s.boot.AcceleratorReason,
 		"vsock": s.boot.Transport, "cid": s.boot.CID, "pid": s.boot.VMPid,
+		"prepared": s.boot.Prepared, "booted": s.boot.Booted, "connected": s.boot.Connected,
 	}).Info("virtual machine is ready")
 	return nil
 }
 
 func (s *Sandbox) bootSteps(ctx context.Context) error {
+	begin := time.Now()
 	spec, err := s.prepare(ctx)
 	if err != nil {
 		return err
 	}
+	launch := time.Now()
 	if err := s.launch(ctx, spec); err != nil {
 		return err
 	}
 	if err := s.greet(ctx); err != nil {
 		return err
 	}
+	hello := time.Now()
 	conn, err := s.transport.Dial(ctx, api.PortRPC)
 	if err != nil {
 		return fmt.Errorf("connect to agent: %w", err)
@@ -87,6 +91,7 @@ func (s *Sandbox) bootSteps(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("mount shared folder in guest: %w", err)
 	}
+	s.boot.Prepared, s.boot.Booted, s.boot.Connected = launch.Sub(begin), hello.Sub(launch), time.Since(hello)
 	go s.keepClock()
 	return nil
 }

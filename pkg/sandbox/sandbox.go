@@ -87,6 +87,9 @@ type BootInfo struct {
 	Transport         string
 	CID               uint32
 	VMPid             int
+	// How long the phases of the boot took: from its begin to the VMM's
+	// start, from there to the agent's Hello, and from there to its end.
+	Prepared, Booted, Connected time.Duration
 }
 
 // New makes the sandbox's folder, namespaces, cgroup and share. On an error

@@ -1,4 +1,8 @@
 package vsock
 
-// ClaimCID is claimCID.
-var ClaimCID = claimCID
+// For tests of what only a kernel with vhost-vsock does.
+var (
+	ClaimCID = claimCID
+	NotReady = notReady
+	Refused  = refused
+)

@@ -3,6 +3,7 @@ package vsock_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -242,6 +243,62 @@ func testStreams(t *testing.T, mode string) {
 	t.Run("ManyShort", m.testManyShort)
 	t.Run("Abandoned", m.testAbandoned)
 	t.Run("End", m.testEnd)
+}
+
+// TestPause stops and continues the machine during a transfer. The driver's
+// queues go on where they were.
+func TestPause(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "monitor")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	m := boot(t, vsock.VhostUser, "-chardev", "socket,id=pause,path="+path, "-mon", "chardev=pause,mode=control")
+	monitor, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer monitor.Close()
+	monitor.SetDeadline(time.Now().Add(time.Minute))
+	answers := json.NewDecoder(monitor)
+	execute := func(command string) {
+		t.Helper()
+		if _, err := fmt.Fprintf(monitor, `{"execute": %q}`, command); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			var answer map[string]any // or the greeting, or an event
+			if err := answers.Decode(&answer); err != nil {
+				t.Fatal(err)
+			}
+			if answer["error"] != nil {
+				t.Fatalf("%s: %v", command, answer["error"])
+			}
+			if _, ok := answer["return"]; ok {
+				return
+			}
+		}
+	}
+	execute("qmp_capabilities")
+	c := m.dial(t, exchange.Port)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		echo(t, c, 7, 10<<20)
+	}()
+	for pauses := 0; ; pauses++ {
+		execute("stop")
+		execute("cont")
+		select {
+		case <-done:
+			t.Logf("%d pauses", pauses)
+			// A connection made after all that.
+			echo(t, m.dial(t, exchange.Port), 8, 1<<20)
+			return
+		default:
+		}
+	}
 }
 
 func timeout(t testing.TB) context.Context {

@@ -242,3 +242,26 @@ func TestClaimCID(t *testing.T) {
 		}
 	})
 }
+
+// What Linux says of a dial, as connect(2) reports it.
+func TestDialErrors(t *testing.T) {
+	for _, tc := range []struct {
+		errno    error
+		notReady bool
+		want     error
+	}{
+		{unix.ETIMEDOUT, true, unix.ETIMEDOUT},
+		{unix.ECONNREFUSED, true, unix.ECONNREFUSED},
+		{unix.EHOSTUNREACH, true, unix.EHOSTUNREACH},
+		{unix.ECONNRESET, false, unix.ECONNREFUSED},
+		{unix.ENODEV, false, unix.ENODEV},
+	} {
+		err := &net.OpError{Op: "dial", Net: "vsock", Err: os.NewSyscallError("connect", tc.errno)}
+		if got := vsock.NotReady(err); got != tc.notReady {
+			t.Errorf("notReady(%v) = %t; want %t", err, got, tc.notReady)
+		}
+		if got := vsock.Refused(err); !errors.Is(got, tc.want) {
+			t.Errorf("refused(%v) = %v; want %v", err, got, tc.want)
+		}
+	}
+}

@@ -141,7 +141,8 @@ type shim struct {
 	events *events
 	client *ttrpc.Client
 	task   taskapi.TTRPCTaskService
-	log    *bytes.Buffer
+	logMu  sync.Mutex
+	log    bytes.Buffer
 	config string
 	ctx    context.Context
 	// killed is set by tests that kill the shim: its socket then stays until
@@ -176,7 +177,7 @@ func newID() string {
 func newShim(t testing.TB, o options) *shim {
 	t.Helper()
 	requireVM(t)
-	s := &shim{t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})}, log: &bytes.Buffer{}}
+	s := &shim{t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})}}
 	s.ctx = namespaces.WithNamespace(context.Background(), namespace)
 	s.writeConfig(o.config)
 	s.bundle = s.writeBundle(s.id, o)
@@ -315,16 +316,15 @@ func (s *shim) openLog() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	var mu sync.Mutex
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		buf := make([]byte, 32<<10)
 		for {
 			n, err := f.Read(buf)
-			mu.Lock()
+			s.logMu.Lock()
 			s.log.Write(buf[:n])
-			mu.Unlock()
+			s.logMu.Unlock()
 			if err != nil {
 				return
 			}
@@ -334,11 +334,16 @@ func (s *shim) openLog() {
 		f.Close()
 		<-done
 		if s.t.Failed() {
-			mu.Lock()
-			defer mu.Unlock()
-			s.t.Logf("shim's log:\n%s", s.log.Bytes())
+			s.t.Logf("shim's log:\n%s", s.logText())
 		}
 	})
+}
+
+// logText returns what the shim has logged.
+func (s *shim) logText() string {
+	s.logMu.Lock()
+	defer s.logMu.Unlock()
+	return s.log.String()
 }
 
 // end shuts the shim down and fails the test for anything that is left.

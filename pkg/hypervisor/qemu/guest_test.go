@@ -1,8 +1,8 @@
 package qemu_test
 
 import (
-	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmrt/vmrt/guest"
+	"github.com/vmrt/vmrt/guest/initramfs"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
@@ -78,11 +80,71 @@ func testInitrd(t testing.TB) string {
 		t.Fatal(err)
 	}
 	var a initramfs.Archive
-	if err := errors.Join(a.File("init", 0o755, content), a.CharDevice("dev/console", 0o600, 5, 1), a.WriteUncompressed(f), f.Close()); err != nil {
+	if err := errors.Join(a.File("init", 0o755, content), a.CharDevice("dev/console", 0o600, 5, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.WriteTo(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return path
 }
+
+// console collects a machine's console.
+type console struct {
+	t     testing.TB
+	start time.Time
+	more  chan struct{} // has a value when there are new lines
+
+	mu    sync.Mutex
+	lines []string // guarded by mu
+}
+
+func newConsole(t testing.TB) *console {
+	return &console{t: t, start: time.Now(), more: make(chan struct{}, 1)}
+}
+
+func (c *console) line(s string) {
+	c.mu.Lock()
+	c.lines = append(c.lines, fmt.Sprintf("[%6.3f] %s", time.Since(c.start).Seconds(), s))
+	c.mu.Unlock()
+	select {
+	case c.more <- struct{}{}:
+	default:
+	}
+}
+
+func (c *console) all() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return strings.Join(c.lines, "\n")
+}
+
+// wait returns once the console has shown text.
+func (c *console) wait(vm hypervisor.VM, text string) {
+	c.t.Helper()
+	limit := time.After(bootTimeout)
+	for {
+		if strings.Contains(c.all(), text) {
+			return
+		}
+		select {
+		case <-c.more:
+		case <-vm.Done():
+			if strings.Contains(c.all(), text) {
+				return
+			}
+			c.t.Fatalf("the machine ended without %q: %v\n%s", text, vm.Err(), c.all())
+		case <-limit:
+			c.t.Fatalf("no %q on the console within %v\n%s", text, bootTimeout, c.all())
+		}
+	}
+}
+
+// bootTimeout bounds a boot on a busy machine without hardware virtualisation.
+const bootTimeout = 3 * time.Minute
 
 // testSpec returns a small machine with whatever accelerates it here. Its vsock
 // device is the kernel's under KVM, if that has one, and else a silent one.

@@ -236,6 +236,29 @@ func TestManyConns(t *testing.T) {
 	wg.Wait()
 }
 
+// The counters of the flow control are 32 bits long and wrap.
+func TestCountersWrap(t *testing.T) {
+	p := newPair(t, vsock.Config{}, vsocktest.Config{})
+	host, guest := p.dialGuest(t)
+	const n = 1<<32 - 1_000_000
+	host.Shift(n)
+	guest.Shift(n)
+	want := random(6, 4<<20)
+	go io.Copy(guest, guest)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := host.Write(want)
+		sent <- err
+	}()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(host, got); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("echo over the wrap: error %v; want the bytes sent", err)
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+}
+
 // A connection that sends without end leaves room for others.
 func TestFairness(t *testing.T) {
 	p := newPair(t, vsock.Config{}, vsocktest.Config{RxBuffers: 8})

@@ -46,3 +46,13 @@ func (h Header) Encode() (b [headerSize]byte) {
 
 // Op returns a field in the middle.
 func (h Header) Op() uint16 { return h.h.op }
+
+// Shift moves the connection's counters, as if n more bytes had gone both
+// ways.
+func (c *Conn) Shift(n uint32) {
+	c.d.mu.Lock()
+	defer c.d.unlock()
+	for _, v := range []*uint32{&c.txCount, &c.peerFwd, &c.rxCount, &c.fwdCount, &c.advertised} {
+		*v += n
+	}
+}

@@ -245,6 +245,16 @@ func (c *Conn) Mute() {
 	c.changed.Broadcast()
 }
 
+// Shift moves the connection's counters, as if n more bytes had gone both
+// ways.
+func (c *Conn) Shift(n uint32) {
+	c.g.mu.Lock()
+	defer c.g.mu.Unlock()
+	for _, v := range []*uint32{&c.tx, &c.peer, &c.rx, &c.fwd, &c.told} {
+		*v += n
+	}
+}
+
 // Reset breaks the connection.
 func (c *Conn) Reset() error {
 	c.g.mu.Lock()

@@ -1,0 +1,54 @@
+package conformance
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+)
+
+// shimMemoryLimit is the shim's private memory that a pod may cost, in KiB.
+const shimMemoryLimit = 14 << 10
+
+func TestShimMemory(t *testing.T) {
+	s := newShim(t, args("sleep", "1000"))
+	s.mustCreate(nil, false)
+	s.mustStart("")
+	for i := range 5 {
+		s.exec(fmt.Sprintf("e%d", i), "true")
+	}
+	c, err := s.task.Connect(s.call(), &taskapi.ConnectRequest{ID: s.id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	private := privateKiB(t, int(c.ShimPid))
+	t.Logf("shim: %d KiB private", private)
+	if private > shimMemoryLimit {
+		t.Errorf("shim has %d KiB of private memory; want at most %d", private, shimMemoryLimit)
+	}
+}
+
+// privateKiB is what a process does not share with any other, less the guest
+// memory that it maps.
+func privateKiB(t testing.TB, pid int) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	total := 0
+	for line := range strings.Lines(string(b)) {
+		fields := strings.Fields(line)
+		if strings.HasPrefix(line, "Private_") {
+			kib, err := strconv.Atoi(fields[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			total += kib
+		}
+	}
+	return total
+}
