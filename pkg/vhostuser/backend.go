@@ -154,26 +154,22 @@ func (b *Backend) serve() error {
 // dispatch handles one message and answers it, if it wants an answer.
 func (b *Backend) dispatch(m *message) error {
 	reply, err := b.handle(m)
-	var denied *deniedError
-	if err != nil && reply == nil && m.needReply() && b.protocol&protocolReplyAck != 0 {
-		// The front end learns of it; the error that ends Serve counts more
-		// than one in telling it.
-		if replyErr := b.socket.replyU64(m.req, 1); errors.As(err, &denied) {
-			return replyErr
+	if reply == nil && m.needReply() && b.protocol&protocolReplyAck != 0 {
+		reply = u64(0)
+		if err != nil {
+			reply = u64(1)
 		}
-		return err
 	}
-	switch {
-	case errors.As(err, &denied):
+	if reply != nil {
+		if replyErr := b.socket.reply(m.req, reply); err == nil {
+			err = replyErr
+		}
+	}
+	var denied *deniedError
+	if errors.As(err, &denied) {
 		return nil
-	case err != nil:
-		return err
-	case reply != nil:
-		return b.socket.reply(m.req, reply)
-	case m.needReply() && b.protocol&protocolReplyAck != 0:
-		return b.socket.replyU64(m.req, 0)
 	}
-	return nil
+	return err
 }
 
 // deniedError is a request that is refused without an end to the session.

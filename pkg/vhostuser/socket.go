@@ -107,7 +107,3 @@ func (s *socket) reply(req request, payload []byte) error {
 	_, err := s.conn.Write(append(b, payload...))
 	return err
 }
-
-func (s *socket) replyU64(req request, v uint64) error {
-	return s.reply(req, binary.LittleEndian.AppendUint64(nil, v))
-}

@@ -369,7 +369,7 @@ func (s *shim) end() {
 func (s *shim) waitGone(pid int) {
 	s.t.Helper()
 	deadline := time.Now().Add(30 * time.Second)
-	for syscall.Kill(pid, 0) == nil {
+	for running(pid) {
 		if time.Now().After(deadline) {
 			s.t.Errorf("shim %d still runs after Shutdown", pid)
 			syscall.Kill(pid, syscall.SIGKILL)
@@ -377,6 +377,18 @@ func (s *shim) waitGone(pid int) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// running reports whether a process runs; one that has ended and that nobody
+// has waited for does not.
+func running(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	// proc(5): the state follows the command's name in parentheses.
+	_, rest, _ := strings.Cut(string(b), ") ")
+	return !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
 }
 
 // checkLeftovers fails the test if anything of the sandbox is left on the host.

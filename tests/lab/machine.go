@@ -27,9 +27,7 @@ var initScript []byte
 // modules are what the nested machine needs; kmod adds what they depend on.
 var modules = []string{
 	"crc32c_generic", "virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "kvm_amd", "vhost_vsock", "vhost_net", "tun",
-	"veth", "bridge", "erofs", "loop", "fuse", "virtio_net",
-	"sch_ingress", "cls_u32", "act_mirred", "nf_tables", "nft_compat", "xt_conntrack", "xt_MASQUERADE", "xt_comment",
-	"xt_addrtype", "xt_mark", "nft_chain_nat", "ip6table_filter", "iptable_filter", "iptable_nat",
+	"veth", "bridge", "sch_ingress", "cls_u32", "act_mirred", "erofs", "loop", "fuse",
 }
 
 // machine is one nested machine.

@@ -135,12 +135,6 @@ func (m *Machine) Reboot() {
 	}
 }
 
-// Sync returns when the back end has handled all messages sent.
-func (m *Machine) Sync() error {
-	_, err := m.Get(GetQueueNum)
-	return err
-}
-
 // handOver sends all there is to know of one queue.
 func (q *Queue) handOver() error {
 	i := uint32(q.index)

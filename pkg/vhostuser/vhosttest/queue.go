@@ -80,9 +80,6 @@ func (q *Queue) reset() {
 	}
 }
 
-// Free returns the number of descriptors that are not in use.
-func (q *Queue) Free() int { return len(q.free) }
-
 // Base returns where the back end stopped.
 func (q *Queue) Base() uint32 { return q.base }
 
