@@ -1,6 +1,6 @@
 #!/bin/bash
 # assemble.sh AGENT VERSION OUT: makes the guest files below OUT from the agent
-# program: OUT/stock always, OUT/tuned if the tuned kernel was built before.
+# program: OUT/stock always, OUT/tuned if a tuned kernel was built before.
 . "$(dirname "$0")/lib.sh"
 
 main() {
@@ -11,11 +11,14 @@ main() {
 	kernel=$("$GUEST/kernel-stock.sh")
 	mkguest stock
 	kernel=$("$GUEST/kernel.sh" -n)
+	if [[ -z $kernel ]]; then
+		kernel=$(newest "$CACHE"/kernel-tuned-*)
+		say "WARNING: ${kernel:+tuned kernel of another configuration; }'make kernel' builds the tuned kernel"
+	fi
 	if [[ $kernel ]]; then
 		mkguest tuned
 	else
 		rm -rf "${out:?}/tuned"
-		say "$out: no tuned kernel; 'make kernel' builds it"
 	fi
 }
 

@@ -39,9 +39,10 @@ main() {
 # build VERSION OUT
 build() {
 	local src obj log=$CACHE/build/kernel.log tmp=$CACHE/build/kernel
-	src=$CACHE/build/$SOURCE-$1-$(cat "${PATCHES[@]}" | sha256sum | cut -c1-12)
+	src=$CACHE/build/$SOURCE-$1
 	obj=$src.obj
-	[[ -d $src ]] || fetch "$1" "$src"
+	[[ -d $src ]] && unpatch "$src" || fetch "$1" "$src"
+	apply "$1" "$src"
 	mkdir -p "$obj"
 	configure "$1" "$src" "$obj"
 	say "building the kernel on $(nproc) CPUs: about 14 minutes of CPU time"
@@ -58,24 +59,40 @@ build() {
 	echo "$1" >"$tmp/version"
 	chmod 0644 "$tmp"/*
 	mv "$tmp" "$2"
-	[[ ${VMRT_KEEP_BUILD:-} ]] || rm -rf "$src" "$obj"
+	[[ ${VMRT_KEEP_BUILD:-} ]] || rm -rf "$src" "$src".*
 }
 
-# fetch VERSION DIR: unpacks the source as DIR, patched.
+# fetch VERSION DIR: unpacks the source as DIR.
 fetch() {
-	local tmp=$CACHE/build/unpack p
-	rm -rf "$tmp"
+	local tmp=$CACHE/build/unpack
+	rm -rf "$tmp" "$2" "$2".*
 	mkdir -p "$tmp/deb"
 	say "downloading $SOURCE $1 (150 MB)"
 	(cd "$tmp" && apt-get download -q "$SOURCE=$1" >&2) || die "download $SOURCE $1"
 	say "unpacking it"
 	dpkg-deb -x "$tmp"/*.deb "$tmp/deb"
 	tar -C "$tmp" -xf "$tmp/deb/usr/src/$SOURCE.tar.xz"
-	for p in "${PATCHES[@]}"; do
-		patch -s -d "$tmp/$SOURCE" -p1 <"$p" || die "patch ${p##*/} does not apply to $SOURCE $1"
-	done
 	mv "$tmp/$SOURCE" "$2"
 	rm -rf "$tmp"
+}
+
+# apply VERSION DIR: patches the source, and keeps the patches beside it.
+apply() {
+	local p
+	mkdir -p "$2.patches"
+	for p in "${PATCHES[@]}"; do
+		cp "$p" "$2.patches/"
+		patch -s -d "$2" -p1 <"$p" || die "patch ${p##*/} does not apply to $SOURCE $1"
+	done
+}
+
+# unpatch DIR: takes out what apply did to a source that was kept.
+unpatch() {
+	local patches=("$1.patches"/*) i
+	for ((i = ${#patches[@]} - 1; i >= 0; i--)); do
+		patch -s -R -f -d "$1" -p1 <"${patches[i]}" >&2 || return
+		rm "${patches[i]}"
+	done
 }
 
 # configure VERSION SRC OBJ: the fragment and nothing else. A line of it that

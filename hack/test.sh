@@ -12,7 +12,7 @@ MODULE=github.com/vmrt/vmrt
 # after the other: they measure time, and each can keep the machine busy.
 VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/...)
 # The tests that also run in the nested machine, and which packages have them.
-KVM_PACKAGES=(./tests/...)
+KVM_PACKAGES=(./pkg/... ./tests/...)
 KVM_RUN=${KVM_RUN:-^TestKVM}
 KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
 
@@ -33,18 +33,23 @@ prepare() {
 
 # kvm runs test programs, compiled here, in the nested machine.
 kvm() {
-	local out pkg name dir
-	out=$(mktemp -d)
-	trap 'rm -rf "$out"' EXIT
-	go build -o "$out/lab" ./tests/lab
+	local tmp pkg dir test code
+	tmp=$(mktemp -d)
+	trap 'rm -rf "$tmp"' EXIT
+	go build -o "$tmp/lab" ./tests/lab
 	for pkg in $(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' "${KVM_PACKAGES[@]}"); do
-		dir=${pkg#"$MODULE/"} name=${pkg##*/}
-		grep -qsE "func ${KVM_RUN#^}" "$dir"/*_test.go || continue
-		go test -c -o "$out/$name.test" "$pkg"
-		echo "running $dir in the nested machine" >&2
-		{ (cd "$dir" && VMRT_REQUIRE_VM=1 "$out/lab" -timeout "$KVM_TIMEOUT" -- \
-			"$out/$name.test" -test.v=test2json -test.run "$KVM_RUN" -test.timeout "$KVM_TIMEOUT") ||
-			printf '\x16--- FAIL: lab (exit code %d)\nFAIL\n' $?; } | go tool test2json -t -p "$pkg"
+		dir=${pkg#"$MODULE/"}
+		grep -qsE "^func ${KVM_RUN#^}" "$dir"/*_test.go || continue
+		test=$tmp/${dir//\//-}.test
+		go test -c -o "$test" "$pkg"
+		echo "running $dir in the nested machine"
+		{
+			code=0
+			(cd "$dir" && VMRT_REQUIRE_VM=1 "$tmp/lab" -timeout "$KVM_TIMEOUT" -- \
+				"$test" -test.v=test2json -test.run "$KVM_RUN" -test.timeout "$KVM_TIMEOUT") || code=$?
+			# From 124 on it is not the tests that failed.
+			((code < 124)) || printf '\n\x16=== RUN   Lab\nlab: exit code %d\n\x16--- FAIL: Lab (0.00s)\n\x16FAIL\n' $code
+		} | go tool test2json -t -p "$pkg"
 	done
 }
 

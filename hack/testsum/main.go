@@ -4,13 +4,15 @@
 //	go test -json ./... | testsum [-o FILE]
 //	testsum -total FILE...
 //
-// One line tells the end of each package; failed tests print what they wrote,
-// and skipped tests their reason. The closing line is
+// One line tells the end of each package, and now and then one how far a long
+// one has come; failed tests print what they wrote, and skipped tests their
+// reason. The closing line is
 //
 //	N passed, N failed, N skipped
 //
-// where a test with subtests counts by its subtests alone, and a package that
-// fails outside of any test counts as one failure. -o appends the events to a
+// where a test with subtests counts by its subtests alone, a test that did not
+// end before its package did has failed, and a package that fails outside of
+// any test counts as one failure. -o appends the events to a
 // file, and -total prints the closing line for such files together. The exit
 // code is 1 if anything failed, or if there was no test at all.
 package main
@@ -22,6 +24,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -93,10 +96,11 @@ func readInput(s *summary, log string) error {
 // summary collects the events of one or several runs.
 type summary struct {
 	out                     io.Writer
-	start                   time.Time
+	start, spoke            time.Time
 	passed, failed, skipped int
 
 	output  map[string]*strings.Builder // by test
+	running map[string][]string         // tests that have not ended, by package
 	parents map[string]bool             // tests that have subtests
 	counts  map[string]int              // tests that failed, by package
 	tests   map[string]int              // tests that ended, by package
@@ -104,8 +108,8 @@ type summary struct {
 
 func newSummary(out io.Writer) *summary {
 	return &summary{
-		out: out, start: time.Now(), output: map[string]*strings.Builder{},
-		parents: map[string]bool{}, counts: map[string]int{}, tests: map[string]int{},
+		out: out, start: time.Now(), spoke: time.Now(), output: map[string]*strings.Builder{},
+		running: map[string][]string{}, parents: map[string]bool{}, counts: map[string]int{}, tests: map[string]int{},
 	}
 }
 
@@ -125,14 +129,28 @@ func (s *summary) read(r io.Reader) error {
 			continue
 		}
 		s.event(e)
+		s.progress(e)
 	}
 	return sc.Err()
+}
+
+// quiet is how long nothing is said of a package that runs.
+const quiet = 20 * time.Second
+
+func (s *summary) progress(e event) {
+	if e.Test == "" || e.Action == "output" || time.Since(s.spoke) < quiet {
+		return
+	}
+	s.spoke = time.Now()
+	fmt.Fprintf(s.out, "      %s: %d tests so far, at %s, at %.0f s\n",
+		short(e.Package), s.tests[e.Package], e.Test, time.Since(s.start).Seconds())
 }
 
 func (s *summary) event(e event) {
 	key := e.Package + " " + e.Test
 	switch e.Action {
 	case "run":
+		s.running[e.Package] = append(s.running[e.Package], e.Test)
 		for t := e.Test; ; {
 			i := strings.LastIndex(t, "/")
 			if i < 0 {
@@ -161,6 +179,7 @@ func (s *summary) event(e event) {
 }
 
 func (s *summary) testEnd(e event, key string) {
+	s.running[e.Package] = slices.DeleteFunc(s.running[e.Package], func(t string) bool { return t == e.Test })
 	s.tests[e.Package]++
 	switch e.Action {
 	case "fail":
@@ -183,12 +202,24 @@ func (s *summary) testEnd(e event, key string) {
 }
 
 func (s *summary) packageEnd(e event) {
+	for _, test := range slices.Clone(s.running[e.Package]) {
+		key := e.Package + " " + test
+		s.testEnd(event{Action: "fail", Package: e.Package, Test: test}, key)
+		delete(s.output, key)
+	}
+	s.spoke = time.Now()
 	at := fmt.Sprintf("at %.0f s", time.Since(s.start).Seconds())
 	switch {
-	case e.Action == "fail" && s.counts[e.Package] == 0:
-		s.failed++
-		fmt.Fprintf(s.out, "FAIL  %s\n%s", short(e.Package), s.text(e.Package+" "))
 	case e.Action == "fail":
+		if s.counts[e.Package] == 0 {
+			s.failed++
+		}
+		// What no test wrote: panics, log output.
+		for line := range strings.Lines(s.text(e.Package + " ")) {
+			if !strings.HasPrefix(line, "FAIL") {
+				fmt.Fprint(s.out, line)
+			}
+		}
 		fmt.Fprintf(s.out, "FAIL  %s: %d tests failed, %.1f s, %s\n", short(e.Package), s.counts[e.Package], e.Elapsed, at)
 	case s.tests[e.Package] > 0:
 		fmt.Fprintf(s.out, "ok    %s: %d tests, %.1f s, %s\n", short(e.Package), s.tests[e.Package], e.Elapsed, at)

@@ -59,6 +59,16 @@ func TestSummary(t *testing.T) {
 			out:  "panic: boom",
 		},
 		{
+			name: "a test that never ended has failed",
+			in: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"output","Package":"p","Test":"A","Output":"as far as it came\n"}
+{"Action":"run","Package":"p","Test":"B"}
+{"Action":"pass","Package":"p","Test":"B"}
+{"Action":"fail","Package":"p"}`,
+			line: "1 passed, 1 failed, 0 skipped",
+			out:  "FAIL  p A (0.0 s)\nas far as it came",
+		},
+		{
 			name: "other lines are passed on",
 			in:   "go: no such module",
 			line: "0 passed, 0 failed, 0 skipped",

@@ -18,14 +18,13 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"os/exec"
 	"runtime/debug"
 
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
 	"github.com/containerd/containerd/v2/pkg/sys/reaper"
-	"github.com/containerd/log"
 	runc "github.com/containerd/go-runc"
+	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 
@@ -169,8 +168,8 @@ func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("task service: %w", err)
 	}
-	runc.Monitor = bigPipes{reaper.Default}
 	wrapped = guesttask.New(inner, streams, fifos)
+	runc.Monitor = guesttask.NewMonitor(reaper.Default, wrapped)
 	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(recoverPanic, createAfter(booted)))
 	if err != nil {
 		return nil, err
@@ -187,25 +186,3 @@ func (a *agent) serve(rpc, streams net.Listener) <-chan error {
 	go func() { failed <- fmt.Errorf("serve streams: %w", a.streams.Serve(streams)) }()
 	return failed
 }
-
-type bigPipes struct{ *reaper.Monitor }
-
-func (b bigPipes) grow(c *exec.Cmd) {
-	for _, v := range []any{c.Stdin, c.Stdout, c.Stderr} {
-		if f, ok := v.(*os.File); ok {
-			if rc, err := f.SyscallConn(); err == nil {
-				rc.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, PSZ) })
-			}
-		}
-	}
-}
-
-func (b bigPipes) Start(c *exec.Cmd) (chan runc.Exit, error) {
-	b.grow(c)
-	return b.Monitor.Start(c)
-}
-func (b bigPipes) StartLocked(c *exec.Cmd) (chan runc.Exit, error) {
-	b.grow(c)
-	return b.Monitor.StartLocked(c)
-}
-const PSZ = 256 << 10

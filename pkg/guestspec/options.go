@@ -40,6 +40,18 @@ var inertOptions = []string{
 	"silent", "loud", "iversion", "noiversion", "lazytime", "nolazytime", "symfollow", "rsymfollow",
 }
 
+// MountOptions lists the options that Rewrite accepts and that have the effect
+// that they have with runc, for the runtime's OCI features.
+func MountOptions() []string {
+	var all []string
+	for _, o := range flagOptions {
+		if o != "shared" && o != "rshared" { // not towards the host
+			all = append(all, o)
+		}
+	}
+	return all
+}
+
 // refusedOptions change what a container may do or sees, and cannot be had.
 var refusedOptions = map[string]string{
 	"idmap":        "id-mapped mounts are not available in a virtual machine",

@@ -9,6 +9,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 
+	"github.com/vmrt/vmrt/pkg/guestspec"
 	"github.com/vmrt/vmrt/pkg/version"
 )
 
@@ -34,13 +35,7 @@ func ociFeatures() *features.Features {
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{hookPrestart, hookCreateRuntime, "startContainer", hookPoststart, hookPoststop},
-		MountOptions: []string{
-			"async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "iversion", "loud",
-			"mand", "noatime", "nodev", "nodiratime", "noexec", "noiversion", "nomand", "norelatime",
-			"nostrictatime", "nosuid", "nosymfollow", "private", "rbind", "relatime", "remount", "ro",
-			"rprivate", "rslave", "runbindable", "rw", "silent", "slave", "strictatime", "suid", "symfollow",
-			"sync", "tmpcopyup", "unbindable",
-		},
+		MountOptions:  guestspec.MountOptions(),
 		Linux: &features.Linux{
 			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
 			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &no},

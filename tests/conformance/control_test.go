@@ -3,6 +3,7 @@ package conformance
 import (
 	"fmt"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -57,11 +58,37 @@ func TestExitCodes(t *testing.T) {
 	s := newShim(t, args("sleep", "1000"))
 	s.mustCreate(nil, false)
 	s.mustStart("")
-	for _, want := range []uint32{0, 1, 2, 126, 127, 128, 255} {
-		if _, _, got := s.exec(fmt.Sprintf("x%d", want), "sh", "-c", fmt.Sprintf("exit %d", want)); got != want {
-			t.Errorf("exit status = %d; want %d", got, want)
-		}
+	codes := make(chan uint32)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for want := range codes {
+				id := fmt.Sprintf("x%d", want)
+				if err := s.addExec(id, nil, false, "sh", "-c", fmt.Sprintf("exit %d", want)); err != nil {
+					t.Errorf("Exec(%s) = %v; want nil", id, err)
+					continue
+				}
+				if _, err := s.task.Start(s.call(), &taskapi.StartRequest{ID: s.id, ExecID: id}); err != nil {
+					t.Errorf("Start(%s) = %v; want nil", id, err)
+					continue
+				}
+				resp, err := s.task.Wait(s.call(), &taskapi.WaitRequest{ID: s.id, ExecID: id})
+				if err != nil || resp.ExitStatus != want {
+					t.Errorf("Wait(%s) = %v, %v; want status %d", id, resp, err, want)
+				}
+				if d, err := s.task.Delete(s.call(), &taskapi.DeleteRequest{ID: s.id, ExecID: id}); err != nil || d.ExitStatus != want {
+					t.Errorf("Delete(%s) = %v, %v; want status %d", id, d, err, want)
+				}
+			}
+		}()
 	}
+	for code := range uint32(256) {
+		codes <- code
+	}
+	close(codes)
+	wg.Wait()
 }
 
 func TestPauseAndMetrics(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -65,6 +66,26 @@ func TestBindMounts(t *testing.T) {
 	s.wantShell("late", "cat /rw/late", "late\n")
 	write(t, filepath.Join(host, "rw/seen"), "changed on the host\n", 0o644)
 	s.wantShell("changed", "i=0; until grep -q changed /rw/seen || [ $i = 50 ]; do sleep 0.1; i=$((i+1)); done; cat /rw/seen", "changed on the host\n")
+}
+
+// rro holds for what is mounted below the source, too. So does ro, other than
+// with runc: the guest mounts what is below on first use, with its parent's
+// flags.
+func TestRecursiveReadOnly(t *testing.T) {
+	host := t.TempDir()
+	below := filepath.Join(host, "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", below, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(below, syscall.MNT_DETACH) })
+	s := newShim(t, withMounts(bind(host, "/ro", "ro"), bind(host, "/rro", "rro")))
+	s.mustCreate(nil, false)
+	s.mustStart("")
+	s.wantShell("top", "touch /ro/x 2>/dev/null || echo no; touch /rro/x 2>/dev/null || echo no", "no\nno\n")
+	s.wantShell("below", "touch /ro/below/x 2>/dev/null || echo no; touch /rro/below/x 2>/dev/null || echo no", "no\nno\n")
 }
 
 func TestHundredMounts(t *testing.T) {

@@ -11,7 +11,7 @@ import (
 )
 
 // bufferSize is what one read moves at most. Idle streams hold no buffer.
-const bufferSize = 256 << 10
+const bufferSize = 64 << 10
 
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 
@@ -64,7 +64,7 @@ func openWrite(ctx context.Context, path string) (*os.File, error) {
 	return nil, ctx.Err()
 }
 
-// setPipeSize asks for a FIFO of n bytes. A smaller one works as well, so an
+// setPipeSize asks for a pipe of n bytes. A smaller one works as well, so an
 // error is none.
 func setPipeSize(f *os.File, n int) {
 	if n <= 0 {
@@ -75,6 +75,17 @@ func setPipeSize(f *os.File, n int) {
 			unix.FcntlInt(fd, unix.F_SETPIPE_SZ, n)
 		})
 	}
+}
+
+// pipeSize returns what a pipe can hold, in bytes.
+func pipeSize(f *os.File) int {
+	size := 0
+	if rc, err := f.SyscallConn(); err == nil {
+		rc.Control(func(fd uintptr) {
+			size, _ = unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0)
+		})
+	}
+	return size
 }
 
 // source reads from a descriptor in non-blocking mode into a buffer that is
@@ -90,25 +101,42 @@ func newSource(c syscall.Conn) (source, error) {
 // put back into buffers unless it is nil.
 func (s source) next() (buf *[bufferSize]byte, n int, err error) {
 	waitErr := s.rc.Read(func(fd uintptr) bool {
-		buf = buffers.Get().(*[bufferSize]byte)
-		for {
-			n, err = unix.Read(int(fd), buf[:])
-			if err != unix.EINTR {
-				break
-			}
-		}
-		if err == unix.EAGAIN {
-			buffers.Put(buf)
-			buf, n, err = nil, 0, nil
-			return false
-		}
-		return true
+		buf, n, err = readOnce(int(fd))
+		return err != unix.EAGAIN
 	})
-	if err == nil {
-		err = waitErr
-	}
-	if n < 0 {
-		n = 0
+	if waitErr != nil {
+		return nil, 0, waitErr
 	}
 	return buf, n, err
+}
+
+// poll is next without waiting and whatever the deadline: n is 0 if there is
+// nothing to read now.
+func (s source) poll() (buf *[bufferSize]byte, n int, err error) {
+	ctlErr := s.rc.Control(func(fd uintptr) {
+		buf, n, err = readOnce(int(fd))
+	})
+	switch {
+	case ctlErr != nil:
+		return nil, 0, ctlErr
+	case err == unix.EAGAIN:
+		return nil, 0, nil
+	}
+	return buf, n, err
+}
+
+// readOnce makes one read. buf is nil when there is nothing in it.
+func readOnce(fd int) (*[bufferSize]byte, int, error) {
+	buf := buffers.Get().(*[bufferSize]byte)
+	for {
+		n, err := unix.Read(fd, buf[:])
+		if err == unix.EINTR {
+			continue
+		}
+		if n > 0 {
+			return buf, n, nil
+		}
+		buffers.Put(buf)
+		return nil, 0, err
+	}
 }

@@ -11,132 +11,174 @@ import (
 	"github.com/containerd/log"
 )
 
-// output carries one of stdout and stderr: process → (task service) → FIFO →
-// connection.
-//
-// Until start, hold is a write end of our own: a reader that polls a FIFO
-// without a writer would take that for its end.
+// output carries one of stdout and stderr: process → pipe → connection. The
+// pipe is a nameless one whose write end the process gets, or a FIFO that the
+// task service copies a terminal to.
 type output struct {
 	conn   Conn
-	path   string
-	fifo   *os.File // read end
+	path   string   // of the FIFO, or empty
+	pipe   *os.File // read end
 	linger time.Duration
 
-	// lingering is set once the stream may no longer wait without bound.
-	lingering atomic.Bool
-	done      chan struct{} // closed when nothing is open any more
+	// hold is the write end until somebody else has one: a reader that polls
+	// a FIFO without a writer would take that for its end.
+	hold     *os.File
+	holdOnce sync.Once
 
-	mu   sync.Mutex
-	hold *os.File // nil once started or closed
+	// ending is set once the task service is done with the process.
+	ending atomic.Bool
+	ended  chan struct{} // closed when nothing more is delivered
+	done   chan struct{} // closed when nothing is open any more
 }
 
-func newOutput(path string, conn Conn, l Limits) (_ *output, err error) {
-	if err := makeFIFO(path); err != nil {
+// newOutput makes the output. An empty path means a nameless pipe.
+func newOutput(path string, conn Conn, l Limits) (*output, error) {
+	pipe, hold, err := openPipe(path)
+	if err != nil {
 		return nil, err
+	}
+	setPipeSize(pipe, l.PipeSize)
+	return &output{
+		conn: conn, path: path, pipe: pipe, hold: hold, linger: l.Linger,
+		ended: make(chan struct{}), done: make(chan struct{}),
+	}, nil
+}
+
+// openPipe returns both ends of a new FIFO, or of a nameless pipe.
+func openPipe(path string) (read, write *os.File, err error) {
+	if path == "" {
+		return os.Pipe()
+	}
+	if err := makeFIFO(path); err != nil {
+		return nil, nil, err
 	}
 	defer func() {
 		if err != nil {
 			os.Remove(path)
 		}
 	}()
-	fifo, err := openRead(path)
-	if err != nil {
-		return nil, err
+	if read, err = openRead(path); err != nil {
+		return nil, nil, err
 	}
-	hold, err := openHeld(path)
-	if err != nil {
-		fifo.Close()
-		return nil, err
+	if write, err = openHeld(path); err != nil {
+		read.Close()
+		return nil, nil, err
 	}
-	setPipeSize(fifo, l.PipeSize)
-	return &output{
-		conn: conn, path: path, fifo: fifo, hold: hold,
-		linger: l.Linger, done: make(chan struct{}),
-	}, nil
+	return read, write, nil
 }
 
-// release closes our own write end and removes the FIFO's name, and reports
-// whether it was the first to do so.
-func (o *output) release() bool {
-	o.mu.Lock()
-	hold := o.hold
-	o.hold = nil
-	o.mu.Unlock()
-	if hold == nil {
-		return false
-	}
-	hold.Close()
-	os.Remove(o.path)
-	return true
+// release closes our own write end and removes the FIFO's name.
+func (o *output) release() {
+	o.holdOnce.Do(func() {
+		o.hold.Close()
+		if o.path != "" {
+			os.Remove(o.path)
+		}
+	})
 }
 
-// start begins to deliver. The task service has opened its ends.
+// start begins to deliver. Somebody else has a write end.
 func (o *output) start() {
-	if o.release() {
-		go o.run()
-	}
+	o.release()
+	go o.run()
 }
 
-// abort closes an output that was not started. The FIFO is drained first, in
-// case the task service opened it before it gave up.
-func (o *output) abort() {
-	if !o.release() {
-		return
-	}
+// abandon closes an output that was not started.
+func (o *output) abandon() {
+	o.release()
 	o.conn.Close()
-	o.lingering.Store(true)
-	go o.finish()
+	close(o.ended)
+	o.ending.Store(true)
+	go func() {
+		defer close(o.done)
+		o.discard()
+	}()
 }
 
-// end bounds the rest: the task service writes no more, and each step of what
-// is left may take at most linger.
+// end bounds the rest: what the pipe holds now is delivered, each step in at
+// most linger, and what is written later is not. A FIFO is read to its end,
+// which the task service makes soon.
 func (o *output) end() {
-	o.lingering.Store(true)
-	deadline := time.Now().Add(o.linger)
-	o.conn.SetDeadline(deadline)
-	o.fifo.SetReadDeadline(deadline)
+	o.ending.Store(true)
+	now := time.Now()
+	o.conn.SetDeadline(now.Add(o.linger))
+	if o.path != "" {
+		now = now.Add(o.linger)
+	}
+	o.pipe.SetReadDeadline(now)
 }
 
 // extend allows the next step its time, if steps are bounded already.
 func (o *output) extend() {
-	if o.lingering.Load() {
-		o.end()
+	if o.ending.Load() {
+		o.conn.SetDeadline(time.Now().Add(o.linger))
 	}
 }
 
 func (o *output) run() {
+	defer close(o.done)
 	err := o.deliver()
 	if err == nil {
 		err = o.conn.CloseWrite()
 	}
+	close(o.ended)
 	if err == nil {
 		o.awaitHost()
-	} else if !errors.Is(err, os.ErrDeadlineExceeded) {
-		log.L.WithError(err).Debugf("stream of %s given up", o.path)
+	} else {
+		log.L.WithError(err).Debug("output stream given up")
 	}
 	o.conn.Close()
-	o.finish()
+	o.discard()
 }
 
-// deliver copies to the host until the FIFO ends.
+// deliver copies to the host until the pipe ends or, after end, is empty.
 func (o *output) deliver() error {
-	src, err := newSource(o.fifo)
+	src, err := newSource(o.pipe)
 	if err != nil {
 		return err
 	}
 	for {
 		buf, n, err := src.next()
-		if n > 0 {
-			o.extend()
-			_, err = o.conn.Write(buf[:n])
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return o.sweep(src)
 		}
-		if buf != nil {
-			buffers.Put(buf)
-		}
-		if err != nil || n == 0 {
-			return err
+		if err := o.send(buf, n, err); err != nil {
+			return ignoreEOF(err)
 		}
 	}
+}
+
+// sweep delivers what is in the pipe now: at most what it can hold.
+func (o *output) sweep(src source) error {
+	for left := pipeSize(o.pipe); left > 0; {
+		buf, n, err := src.poll()
+		if err := o.send(buf, n, err); err != nil {
+			return ignoreEOF(err)
+		}
+		left -= n
+	}
+	return nil
+}
+
+// send delivers what a read has returned. The end of the pipe is io.EOF.
+func (o *output) send(buf *[bufferSize]byte, n int, err error) error {
+	if n > 0 {
+		o.extend()
+		_, err = o.conn.Write(buf[:n])
+	} else if err == nil {
+		err = io.EOF
+	}
+	if buf != nil {
+		buffers.Put(buf)
+	}
+	return err
+}
+
+func ignoreEOF(err error) error {
+	if err == io.EOF {
+		return nil
+	}
+	return err
 }
 
 // awaitHost returns when the host has closed its side, too: closing first
@@ -151,13 +193,16 @@ func (o *output) awaitHost() {
 	}
 }
 
-// finish discards what the process still writes after the host has gone, so
-// that it is not blocked by a full FIFO, and closes.
-func (o *output) finish() {
-	if o.lingering.Load() {
-		o.fifo.SetReadDeadline(time.Now().Add(o.linger))
+// discard takes what is still written after the host has gone, so that a full
+// pipe does not block the process, and closes the pipe. After end it goes on
+// only for a FIFO, whose other end is the task service's own.
+func (o *output) discard() {
+	defer o.pipe.Close()
+	if o.ending.Load() {
+		if o.path == "" {
+			return
+		}
+		o.pipe.SetReadDeadline(time.Now().Add(o.linger))
 	}
-	io.Copy(io.Discard, o.fifo)
-	o.fifo.Close()
-	close(o.done)
+	io.Copy(io.Discard, o.pipe)
 }

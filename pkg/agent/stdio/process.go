@@ -1,9 +1,12 @@
 package stdio
 
 import (
+	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
@@ -11,9 +14,9 @@ import (
 	"github.com/vmrt/vmrt/api"
 )
 
-// discard is where the task service copies an output that nobody asked for.
-// It opens both names as soon as one is set.
-const discard = "/dev/null"
+// discardPath is where the task service copies a terminal whose output nobody
+// asked for; it must have some path.
+const discardPath = "/dev/null"
 
 // URLs are the stdio fields of a request: each is empty or an api.StreamURL.
 type URLs struct{ Stdin, Stdout, Stderr string }
@@ -21,127 +24,207 @@ type URLs struct{ Stdin, Stdout, Stderr string }
 // Paths are the stdio fields for the task service.
 type Paths struct{ Stdin, Stdout, Stderr string }
 
+// Files are the process's own ends of its pipes, nil where it has no stream.
+type Files struct{ Stdin, Stdout, Stderr *os.File }
+
+// state is how far a process has come.
+type state int
+
+const (
+	fresh state = iota
+	started
+	over
+)
+
 // Process is the stdio of one process.
 type Process struct {
-	paths   Paths
-	in      *input // nil without a stdin stream
-	outputs []*output
+	terminal bool
+	paths    Paths
+	in       *input // nil without a stdin stream
+	out, err *output
+
+	mu    sync.Mutex
+	state state
 }
 
-// serial numbers the FIFOs of this process.
+// serial numbers the FIFOs of this agent.
 var serial atomic.Uint64
 
-// Open takes the connections that u names and makes their FIFOs in dir. On an
-// error those already taken are closed. With terminal set, stderr must be
-// empty: a terminal has one output.
+// Open takes the connections that u names and makes their pipes: FIFOs in the
+// folder dir for a terminal, whose stderr must be empty, else nameless ones.
+// On an error the connections already taken are closed.
 func (r *Registry) Open(dir string, u URLs, terminal bool) (_ *Process, err error) {
 	if terminal && u.Stderr != "" {
 		return nil, fmt.Errorf("stderr %s of a terminal: %w", u.Stderr, errdefs.ErrInvalidArgument)
 	}
-	p := &Process{}
+	p := &Process{terminal: terminal}
 	defer func() {
 		if err != nil {
 			p.Abort()
 		}
 	}()
-	base := filepath.Join(dir, fmt.Sprint(serial.Add(1)))
-	if u.Stdin != "" {
-		conn, err := r.takeURL(u.Stdin)
-		if err != nil {
-			return nil, err
+	if terminal {
+		base := filepath.Join(dir, fmt.Sprint(serial.Add(1)))
+		p.paths.Stdout = discardPath
+		if u.Stdin != "" {
+			p.paths.Stdin = base + "-stdin"
 		}
-		p.paths.Stdin = base + "-stdin"
-		if p.in, err = newInput(p.paths.Stdin, conn, r.limits); err != nil {
-			conn.Close()
-			return nil, err
+		if u.Stdout != "" {
+			p.paths.Stdout = base + "-stdout"
 		}
 	}
-	if p.paths.Stdout, err = r.openOutput(p, u.Stdout, base+"-stdout"); err != nil {
+	if p.in, err = open(r, u.Stdin, p.paths.Stdin, newInput); err != nil {
 		return nil, err
 	}
-	if p.paths.Stderr, err = r.openOutput(p, u.Stderr, base+"-stderr"); err != nil {
+	if p.out, err = open(r, u.Stdout, p.paths.Stdout, newOutput); err != nil {
 		return nil, err
 	}
-	p.fillMissing(u, terminal)
-	return p, nil
+	p.err, err = open(r, u.Stderr, "", newOutput)
+	return p, err
 }
 
-// openOutput returns the path for the task service, empty if url is.
-func (r *Registry) openOutput(p *Process, url, path string) (string, error) {
+// open takes the connection that url names and makes one direction of it.
+func open[T any](r *Registry, url, path string, make func(string, Conn, Limits) (*T, error)) (*T, error) {
 	if url == "" {
-		return "", nil
+		return nil, nil
 	}
-	conn, err := r.takeURL(url)
-	if err != nil {
-		return "", err
-	}
-	o, err := newOutput(path, conn, r.limits)
-	if err != nil {
-		conn.Close()
-		return "", err
-	}
-	p.outputs = append(p.outputs, o)
-	return path, nil
-}
-
-func (r *Registry) takeURL(url string) (Conn, error) {
 	name, ok := strings.CutPrefix(url, api.StreamURL(""))
 	if !ok {
 		return nil, fmt.Errorf("stdio %q: want %s: %w", url, api.StreamURL("NAME"), errdefs.ErrInvalidArgument)
 	}
-	return r.Take(name)
+	conn, err := r.Take(name)
+	if err != nil {
+		return nil, err
+	}
+	t, err := make(path, conn, r.limits)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return t, nil
 }
 
-// fillMissing gives the task service the names that it opens in any case.
-func (p *Process) fillMissing(u URLs, terminal bool) {
-	if u == (URLs{}) && !terminal {
-		return // no copying at all
+// outputs returns those that there are.
+func (p *Process) outputs() (all []*output) {
+	for _, o := range []*output{p.out, p.err} {
+		if o != nil {
+			all = append(all, o)
+		}
 	}
-	if p.paths.Stdout == "" {
-		p.paths.Stdout = discard
-	}
-	if p.paths.Stderr == "" && !terminal {
-		p.paths.Stderr = discard
-	}
+	return all
 }
 
-// Paths returns what to put into the request for the task service.
+// Paths returns what to put into the request for the task service: FIFOs of a
+// terminal. Everything else the process is given as Files.
 func (p *Process) Paths() Paths { return p.paths }
 
-// HasStdin reports whether a stream feeds the process.
-func (p *Process) HasStdin() bool { return p.in != nil }
+// Terminal reports whether the process has one.
+func (p *Process) Terminal() bool { return p.terminal }
+
+// Files returns what the process of a command that is about to start must be
+// given. They are only valid until Handed.
+func (p *Process) Files() (f Files) {
+	if p.terminal {
+		return f
+	}
+	if p.in != nil {
+		f.Stdin = p.in.hold
+	}
+	if p.out != nil {
+		f.Stdout = p.out.hold
+	}
+	if p.err != nil {
+		f.Stderr = p.err.hold
+	}
+	return f
+}
+
+// Handed closes our copies of Files, now that the command has its own.
+func (p *Process) Handed() {
+	if p.terminal {
+		return
+	}
+	if p.in != nil {
+		p.in.release()
+	}
+	for _, o := range p.outputs() {
+		o.release()
+	}
+}
+
+// to changes the state from fresh to started, or from anything to over, and
+// returns the one before.
+func (p *Process) to(next state) state {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before := p.state
+	if before < next {
+		p.state = next
+	}
+	return before
+}
 
 // Started begins to move bytes. closeStdin makes the task service close its
-// end of stdin; it runs in a goroutine of its own, at most once, after the
-// host's last byte.
+// end of a terminal's stdin; it runs in a goroutine of its own, at most once,
+// after the host's last byte.
 func (p *Process) Started(closeStdin func()) {
-	for _, o := range p.outputs {
-		o.start()
+	if p.to(started) != fresh {
+		return
 	}
 	if p.in != nil {
 		p.in.start(closeStdin)
 	}
+	for _, o := range p.outputs() {
+		o.start()
+	}
 }
 
-// Deleted ends the input at once and the outputs when what is in them was
-// delivered. It does not wait.
-func (p *Process) Deleted() {
-	if p.in != nil {
-		p.in.end()
+// Drain returns when the outputs have ended, or with ctx. Those of a terminal
+// the task service drains itself.
+func (p *Process) Drain(ctx context.Context) {
+	p.mu.Lock()
+	waits := p.state == started && !p.terminal
+	p.mu.Unlock()
+	if !waits {
+		return
 	}
-	for _, o := range p.outputs {
-		o.abort() // one that was never started
+	for _, o := range p.outputs() {
+		select {
+		case <-o.ended:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Deleted ends the input at once and the outputs when what is in their pipes
+// was delivered. It does not wait.
+func (p *Process) Deleted() { p.close(false) }
+
+// Abort ends the streams of a process whose start has failed.
+func (p *Process) Abort() { p.close(true) }
+
+func (p *Process) close(abort bool) {
+	before := p.to(over)
+	if before == over {
+		return
+	}
+	if p.in != nil {
+		if before == fresh {
+			p.in.abandon()
+		} else {
+			p.in.end()
+		}
+	}
+	for _, o := range p.outputs() {
+		if before == fresh {
+			o.abandon()
+			continue
+		}
+		if abort {
+			o.conn.Close()
+		}
 		o.end()
-	}
-}
-
-// Abort closes everything of a process that did not start.
-func (p *Process) Abort() {
-	if p.in != nil {
-		p.in.end()
-	}
-	for _, o := range p.outputs {
-		o.abort()
 	}
 }
 
@@ -150,7 +233,7 @@ func (p *Process) Wait() {
 	if p.in != nil {
 		<-p.in.done
 	}
-	for _, o := range p.outputs {
+	for _, o := range p.outputs() {
 		<-o.done
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/fifo"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
 )
@@ -98,16 +100,27 @@ func (h *host) open(u URLs, terminal bool) *Process {
 	return p
 }
 
-// service opens the FIFOs in the way of containerd's task service: outputs
-// for both directions and at once, stdin's ends each in a goroutine.
-type service struct {
-	stdout, stdoutKeep, stderr, stderrKeep io.ReadWriteCloser
-	stdin, stdinKeep                       io.ReadWriteCloser
+// process is the far end of a Process: what a process, or for a terminal the
+// task service, has open.
+type process struct {
+	stdin          io.ReadCloser
+	stdout, stderr io.WriteCloser
+	others         []io.Closer // ends that the task service holds besides
+	stdinKeep      io.Closer   // its write end of a terminal's stdin
 }
 
-func openService(t *testing.T, p Paths) *service {
+// launch does what starting the process does. Pipes are inherited; FIFOs are
+// opened in the way of containerd's task service: the output for both
+// directions and at once, stdin's ends each in a goroutine.
+func launch(t *testing.T, p *Process) *process {
 	t.Helper()
-	s := &service{}
+	s := &process{}
+	if !p.Terminal() {
+		f := p.Files()
+		s.stdin, s.stdout, s.stderr = inherit(t, f.Stdin), inherit(t, f.Stdout), inherit(t, f.Stderr)
+		p.Handed()
+		return s
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	open := func(ctx context.Context, path string, flag int) io.ReadWriteCloser {
@@ -117,37 +130,59 @@ func openService(t *testing.T, p Paths) *service {
 		}
 		return f
 	}
-	if p.Stdin != "" {
-		s.stdinKeep = open(context.Background(), p.Stdin, syscall.O_WRONLY|syscall.O_NONBLOCK)
+	paths := p.Paths()
+	if paths.Stdin != "" {
+		s.stdinKeep = open(context.Background(), paths.Stdin, syscall.O_WRONLY|syscall.O_NONBLOCK)
+		s.stdin = open(context.Background(), paths.Stdin, syscall.O_RDONLY|syscall.O_NONBLOCK)
 	}
-	if p.Stdout != "" {
-		s.stdout, s.stdoutKeep = open(ctx, p.Stdout, syscall.O_WRONLY), open(ctx, p.Stdout, syscall.O_RDONLY)
-	}
-	if p.Stderr != "" {
-		s.stderr, s.stderrKeep = open(ctx, p.Stderr, syscall.O_WRONLY), open(ctx, p.Stderr, syscall.O_RDONLY)
-	}
-	if p.Stdin != "" {
-		s.stdin = open(context.Background(), p.Stdin, syscall.O_RDONLY|syscall.O_NONBLOCK)
-	}
+	s.stdout = open(ctx, paths.Stdout, syscall.O_WRONLY)
+	s.others = append(s.others, open(ctx, paths.Stdout, syscall.O_RDONLY))
 	return s
 }
 
-// closeOutputs is what the copiers do when the process's pipes have ended.
-func (s *service) closeOutputs() {
-	for _, f := range []io.Closer{s.stdout, s.stdoutKeep, s.stderr, s.stderrKeep} {
-		if f != nil {
+// inherit returns a copy of f, as a child process has one.
+func inherit(t *testing.T, f *os.File) *os.File {
+	t.Helper()
+	if f == nil {
+		return nil
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fd), f.Name())
+}
+
+// started calls p.Started in the way of the task service's wrapper.
+func (s *process) started(p *Process) { p.Started(s.closeStdin) }
+
+func (s *process) closeStdin() {
+	if s.stdinKeep != nil {
+		s.stdinKeep.Close()
+	}
+}
+
+// closeOutputs is the end of the process.
+func (s *process) closeOutputs() {
+	for _, f := range append(s.others, s.stdout, s.stderr) {
+		if f != nil && !reflect.ValueOf(f).IsNil() {
 			f.Close()
 		}
 	}
 }
 
-func (s *service) closeAll() {
+func (s *process) closeAll() {
 	s.closeOutputs()
-	for _, f := range []io.Closer{s.stdinKeep, s.stdin} {
-		if f != nil {
-			f.Close()
-		}
+	s.closeStdin()
+	if s.stdin != nil && !reflect.ValueOf(s.stdin).IsNil() {
+		s.stdin.Close()
 	}
+}
+
+// bothKinds runs a test with pipes and with a terminal's FIFOs.
+func bothKinds(t *testing.T, f func(t *testing.T, terminal bool)) {
+	t.Run("pipes", func(t *testing.T) { f(t, false) })
+	t.Run("terminal", func(t *testing.T) { f(t, true) })
 }
 
 func waitFor(t *testing.T, p *Process) {
@@ -170,45 +205,53 @@ func noise(n int) []byte {
 
 func TestLargeTransferBothWays(t *testing.T) {
 	const size = 20 << 20
-	h := newHost(t, testLimits())
-	in, out, errs := h.dial("in"), h.dial("out"), h.dial("err")
-	p := h.open(URLs{api.StreamURL("in"), api.StreamURL("out"), api.StreamURL("err")}, false)
-	s := openService(t, p.Paths())
-	closed := make(chan struct{})
-	p.Started(func() { s.stdinKeep.Close(); close(closed) })
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		u := URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}
+		in, out := h.dial("in"), h.dial("out")
+		p := h.open(u, terminal)
+		s := launch(t, p)
+		s.started(p)
+		data := noise(size)
+		go func() {
+			in.Write(data)
+			in.CloseWrite()
+		}()
+		go func() { // the process copies stdin to stdout
+			io.Copy(s.stdout, s.stdin)
+			s.closeOutputs()
+		}()
+		sum := sha256.New()
+		n, err := io.Copy(sum, out)
+		if n != size || err != nil || [32]byte(sum.Sum(nil)) != sha256.Sum256(data) {
+			t.Errorf("stdout = %d bytes, %v; want the %d sent", n, err, size)
+		}
+		out.Close()
+		p.Deleted()
+		waitFor(t, p)
+		s.closeAll()
+		checkEmpty(t, h.dir)
+	})
+}
 
-	data := noise(size)
-	want := sha256.Sum256(data)
-	go func() {
-		in.Write(data)
-		in.CloseWrite()
-	}()
-	go func() { // the process copies stdin to stdout, and says so on stderr
-		n, _ := io.Copy(s.stdout, s.stdin)
-		fmt.Fprintf(s.stderr, "%d", n)
-		s.closeOutputs()
-	}()
-	sum := sha256.New()
-	if n, err := io.Copy(sum, out); n != size || err != nil {
-		t.Errorf("stdout = %d bytes, %v; want %d", n, err, size)
+func TestOutputsApart(t *testing.T) {
+	h := newHost(t, testLimits())
+	out, errs := h.dial("out"), h.dial("err")
+	p := h.open(URLs{Stdout: api.StreamURL("out"), Stderr: api.StreamURL("err")}, false)
+	s := launch(t, p)
+	s.started(p)
+	io.WriteString(s.stdout, "output")
+	io.WriteString(s.stderr, "error")
+	s.closeOutputs()
+	p.Drain(t.Context())
+	for want, c := range map[string]*net.UnixConn{"output": out, "error": errs} {
+		if b, err := io.ReadAll(c); string(b) != want || err != nil {
+			t.Errorf("stream = %q, %v; want %q", b, err, want)
+		}
+		c.Close()
 	}
-	if got := [32]byte(sum.Sum(nil)); got != want {
-		t.Errorf("stdout's checksum = %x; want %x", got, want)
-	}
-	if b, err := io.ReadAll(errs); string(b) != fmt.Sprint(size) || err != nil {
-		t.Errorf("stderr = %q, %v; want %d", b, err, size)
-	}
-	select {
-	case <-closed:
-	case <-time.After(patience):
-		t.Error("the task service's end of stdin was not closed")
-	}
-	out.Close()
-	errs.Close()
 	p.Deleted()
 	waitFor(t, p)
-	s.closeAll()
-	checkEmpty(t, h.dir)
 }
 
 // The end of input must follow the last byte, also when the process reads
@@ -216,216 +259,309 @@ func TestLargeTransferBothWays(t *testing.T) {
 func TestStdinHalfClose(t *testing.T) {
 	for _, size := range []int{0, 1, 3 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			h := newHost(t, testLimits())
-			in := h.dial("in")
-			p := h.open(URLs{Stdin: api.StreamURL("in")}, false)
-			data := noise(size)
-			go func() {
-				in.Write(data)
-				in.CloseWrite()
-			}()
-			s := openService(t, Paths{Stdin: p.Paths().Stdin})
-			p.Started(func() { s.stdinKeep.Close() })
-			got, err := io.ReadAll(s.stdin)
-			if sha256.Sum256(got) != sha256.Sum256(data) || err != nil {
-				t.Errorf("stdin = %d bytes, %v; want the %d sent", len(got), err, size)
-			}
-			// The agent closes the connection when the process has it all.
-			if _, err := in.Read(make([]byte, 1)); err != io.EOF {
-				t.Errorf("read from the stdin stream = %v; want EOF", err)
-			}
-			p.Deleted()
-			waitFor(t, p)
-			s.closeAll()
+			bothKinds(t, func(t *testing.T, terminal bool) {
+				h := newHost(t, testLimits())
+				in := h.dial("in")
+				p := h.open(URLs{Stdin: api.StreamURL("in")}, terminal)
+				data := noise(size)
+				go func() {
+					in.Write(data)
+					in.CloseWrite()
+				}()
+				s := launch(t, p)
+				s.started(p)
+				got, err := io.ReadAll(s.stdin)
+				if sha256.Sum256(got) != sha256.Sum256(data) || err != nil {
+					t.Errorf("stdin = %d bytes, %v; want the %d sent", len(got), err, size)
+				}
+				// The agent closes the connection when the process has it all.
+				if _, err := in.Read(make([]byte, 1)); err != io.EOF {
+					t.Errorf("read from the stdin stream = %v; want EOF", err)
+				}
+				p.Deleted()
+				waitFor(t, p)
+				s.closeAll()
+			})
 		})
 	}
 }
 
 func TestStdinWithoutHalfCloseStaysOpen(t *testing.T) {
-	h := newHost(t, testLimits())
-	in := h.dial("in")
-	p := h.open(URLs{Stdin: api.StreamURL("in")}, false)
-	s := openService(t, Paths{Stdin: p.Paths().Stdin})
-	p.Started(func() { t.Error("stdin was closed without a half-close") })
-	for _, word := range []string{"one", "two"} {
-		io.WriteString(in, word)
-		got := make([]byte, len(word))
-		if _, err := io.ReadFull(s.stdin, got); string(got) != word || err != nil {
-			t.Fatalf("stdin = %q, %v; want %q", got, err, word)
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		in := h.dial("in")
+		p := h.open(URLs{Stdin: api.StreamURL("in")}, terminal)
+		s := launch(t, p)
+		p.Started(func() { t.Error("stdin was closed without a half-close") })
+		for _, word := range []string{"one", "two"} {
+			io.WriteString(in, word)
+			got := make([]byte, len(word))
+			if _, err := io.ReadFull(s.stdin, got); string(got) != word || err != nil {
+				t.Fatalf("stdin = %q, %v; want %q", got, err, word)
+			}
 		}
-	}
-	p.Deleted()
-	waitFor(t, p)
-	s.closeAll()
+		p.Deleted()
+		waitFor(t, p)
+		s.closeAll()
+	})
 }
 
 // A process that has closed its stdin makes the host's writes fail.
 func TestStdinClosedByProcess(t *testing.T) {
-	h := newHost(t, testLimits())
-	in := h.dial("in")
-	p := h.open(URLs{Stdin: api.StreamURL("in")}, false)
-	s := openService(t, Paths{Stdin: p.Paths().Stdin})
-	p.Started(func() { t.Error("stdin was closed without a half-close") })
-	io.WriteString(in, "x")
-	if _, err := s.stdin.Read(make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
-	s.stdin.Close()
-	var err error
-	for err == nil {
-		_, err = in.Write(make([]byte, 1024))
-	}
-	if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("write to a closed stdin = %v; want EPIPE", err)
-	}
-	waitFor(t, p)
-	s.closeAll()
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		in := h.dial("in")
+		p := h.open(URLs{Stdin: api.StreamURL("in")}, terminal)
+		s := launch(t, p)
+		p.Started(func() { t.Error("stdin was closed without a half-close") })
+		io.WriteString(in, "x")
+		if _, err := s.stdin.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		s.stdin.Close()
+		var err error
+		for err == nil {
+			_, err = in.Write(make([]byte, 1024))
+		}
+		if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("write to a closed stdin = %v; want EPIPE", err)
+		}
+		p.Deleted()
+		waitFor(t, p)
+		s.closeAll()
+	})
 }
 
-// The host reads nothing: the process must be able to write what the FIFO
-// holds and end, and Deleted must end the stream.
+// The host reads nothing: Deleted must end the stream, and nobody must stay
+// blocked.
 func TestHostDoesNotRead(t *testing.T) {
-	h := newHost(t, testLimits())
-	h.dial("out")
-	p := h.open(URLs{Stdout: api.StreamURL("out")}, false)
-	s := openService(t, Paths{Stdout: p.Paths().Stdout})
-	p.Started(nil)
-	written := make(chan struct{})
-	go func() { // far more than FIFO and sockets hold
-		s.stdout.Write(noise(8 << 20))
-		s.closeOutputs()
-		close(written)
-	}()
-	select {
-	case <-written:
-		t.Fatal("8 MiB fitted into a stream that nobody reads")
-	case <-time.After(100 * time.Millisecond):
-	}
-	p.Deleted()
-	waitFor(t, p)
-	select {
-	case <-written:
-	case <-time.After(patience):
-		t.Error("the task service's writer is still blocked after Deleted")
-	}
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		h.dial("out")
+		p := h.open(URLs{Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		s.started(p)
+		written := make(chan struct{})
+		go func() { // far more than pipe and sockets hold
+			s.stdout.Write(noise(8 << 20))
+			s.closeOutputs()
+			close(written)
+		}()
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		select {
+		case <-written:
+			t.Fatal("8 MiB fitted into a stream that nobody reads")
+		case <-ctx.Done():
+		}
+		p.Drain(ctx) // gives up
+		p.Deleted()
+		waitFor(t, p)
+		select {
+		case <-written:
+		case <-time.After(patience):
+			t.Error("the writer is still blocked after Deleted")
+		}
+	})
 }
 
 // After Deleted a host that reads slowly still gets everything.
 func TestDeletedDeliversTheRest(t *testing.T) {
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		out := h.dial("out")
+		p := h.open(URLs{Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		s.started(p)
+		data := noise(200 << 10) // fits into the pipe
+		s.stdout.Write(data)
+		s.closeOutputs()
+		p.Deleted()
+		var got []byte
+		for b := make([]byte, 16<<10); ; time.Sleep(10 * time.Millisecond) {
+			n, err := out.Read(b)
+			got = append(got, b[:n]...)
+			if err != nil {
+				break
+			}
+		}
+		if sha256.Sum256(got) != sha256.Sum256(data) {
+			t.Errorf("stdout after Deleted = %d bytes; want the %d written", len(got), len(data))
+		}
+		out.Close()
+		waitFor(t, p)
+	})
+}
+
+// Drain must have delivered everything to a host that reads.
+func TestDrain(t *testing.T) {
 	h := newHost(t, testLimits())
 	out := h.dial("out")
 	p := h.open(URLs{Stdout: api.StreamURL("out")}, false)
-	s := openService(t, Paths{Stdout: p.Paths().Stdout})
-	p.Started(nil)
-	data := noise(128 << 10) // fits into the FIFO
-	s.stdout.Write(data)
-	s.closeOutputs()
+	s := launch(t, p)
+	s.started(p)
+	const size = 8 << 20
+	read := make(chan int, 1)
+	go func() {
+		b, _ := io.ReadAll(out)
+		read <- len(b)
+	}()
+	go func() {
+		s.stdout.Write(noise(size))
+		s.closeOutputs()
+	}()
+	p.Drain(t.Context())
 	p.Deleted()
-	var got []byte
-	for b := make([]byte, 8<<10); ; time.Sleep(20 * time.Millisecond) {
-		n, err := out.Read(b)
-		got = append(got, b[:n]...)
-		if err != nil {
-			break
-		}
-	}
-	if sha256.Sum256(got) != sha256.Sum256(data) {
-		t.Errorf("stdout after Deleted = %d bytes; want the %d written", len(got), len(data))
+	if n := <-read; n != size {
+		t.Errorf("stdout = %d bytes; want %d", n, size)
 	}
 	out.Close()
 	waitFor(t, p)
+}
+
+// A child that keeps the output and goes on writing does not outlive Deleted,
+// and what it has written until then arrives.
+func TestDeletedEndsBackgroundChild(t *testing.T) {
+	h := newHost(t, testLimits())
+	out := h.dial("out")
+	p := h.open(URLs{Stdout: api.StreamURL("out")}, false)
+	s := launch(t, p)
+	s.started(p)
+	data := noise(100 << 10)
+	s.stdout.Write(data)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	p.Drain(ctx)
+	p.Deleted()
+	got, err := io.ReadAll(out)
+	if sha256.Sum256(got) != sha256.Sum256(data) || err != nil {
+		t.Errorf("stdout = %d bytes, %v; want the %d written before Deleted", len(got), err, len(data))
+	}
+	out.Close()
+	waitFor(t, p)
+	if _, err := s.stdout.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("write after Deleted = %v; want EPIPE", err)
+	}
+	s.closeAll()
 }
 
 // A host that gives a stream up must not block the process.
 func TestHostAbandonsOutput(t *testing.T) {
-	h := newHost(t, testLimits())
-	out := h.dial("out")
-	p := h.open(URLs{Stdout: api.StreamURL("out")}, false)
-	s := openService(t, Paths{Stdout: p.Paths().Stdout})
-	p.Started(nil)
-	out.Close()
-	written := make(chan struct{})
-	go func() {
-		s.stdout.Write(noise(4 << 20))
-		s.closeOutputs()
-		close(written)
-	}()
-	select {
-	case <-written:
-	case <-time.After(patience):
-		t.Error("a process is blocked by a stream that the host has closed")
-	}
-	waitFor(t, p)
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		out := h.dial("out")
+		p := h.open(URLs{Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		s.started(p)
+		out.Close()
+		written := make(chan struct{})
+		go func() {
+			s.stdout.Write(noise(4 << 20))
+			s.closeOutputs()
+			close(written)
+		}()
+		select {
+		case <-written:
+		case <-time.After(patience):
+			t.Error("a process is blocked by a stream that the host has closed")
+		}
+		waitFor(t, p)
+	})
 }
 
-// Output stays open as long as the task service holds it, whatever exits.
+// Output stays open as long as somebody holds it, whatever exits.
 func TestOutputOfBackgroundChild(t *testing.T) {
-	h := newHost(t, testLimits())
-	out := h.dial("out")
-	p := h.open(URLs{Stdout: api.StreamURL("out")}, false)
-	s := openService(t, Paths{Stdout: p.Paths().Stdout})
-	p.Started(nil)
-	for range 3 {
-		io.WriteString(s.stdout, "tick")
-		b := make([]byte, 4)
-		if _, err := io.ReadFull(out, b); string(b) != "tick" || err != nil {
-			t.Fatalf("stdout = %q, %v; want tick", b, err)
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		out := h.dial("out")
+		p := h.open(URLs{Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		s.started(p)
+		for range 3 {
+			io.WriteString(s.stdout, "tick")
+			b := make([]byte, 4)
+			if _, err := io.ReadFull(out, b); string(b) != "tick" || err != nil {
+				t.Fatalf("stdout = %q, %v; want tick", b, err)
+			}
 		}
-	}
-	s.closeOutputs()
-	if b, err := io.ReadAll(out); len(b) > 0 || err != nil {
-		t.Errorf("stdout = %q, %v; want its end", b, err)
-	}
-	out.Close()
-	waitFor(t, p)
+		s.closeOutputs()
+		if b, err := io.ReadAll(out); len(b) > 0 || err != nil {
+			t.Errorf("stdout = %q, %v; want its end", b, err)
+		}
+		out.Close()
+		waitFor(t, p)
+	})
 }
 
 func TestAbort(t *testing.T) {
-	h := newHost(t, testLimits())
-	conns := []*net.UnixConn{h.dial("in"), h.dial("out"), h.dial("err")}
-	p := h.open(URLs{api.StreamURL("in"), api.StreamURL("out"), api.StreamURL("err")}, false)
-	p.Abort()
-	p.Abort()
-	p.Deleted()
-	waitFor(t, p)
-	for i, c := range conns {
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("stream %d: read after Abort = %v; want EOF", i, err)
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		u := URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}
+		conns := []*net.UnixConn{h.dial("in"), h.dial("out")}
+		p := h.open(u, terminal)
+		p.Abort()
+		p.Abort()
+		p.Deleted()
+		waitFor(t, p)
+		for i, c := range conns {
+			if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("stream %d: read after Abort = %v; want EOF", i, err)
+			}
 		}
-	}
-	checkEmpty(t, h.dir)
+		checkEmpty(t, h.dir)
+	})
 }
 
-// The task service may have opened FIFOs before it failed.
-func TestAbortAfterOpen(t *testing.T) {
-	h := newHost(t, testLimits())
-	h.dial("in")
-	h.dial("out")
-	p := h.open(URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}, false)
-	paths := p.Paths()
-	s := openService(t, Paths{Stdin: paths.Stdin, Stdout: paths.Stdout})
-	p.Abort()
-	s.closeAll() // returns only if the opens were not left waiting
-	waitFor(t, p)
-	checkEmpty(t, h.dir)
+// The command, or the task service, may have opened its ends before it failed.
+func TestAbortAfterLaunch(t *testing.T) {
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		h.dial("in")
+		h.dial("out")
+		p := h.open(URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		p.Abort()
+		s.closeAll() // returns only if the opens were not left waiting
+		waitFor(t, p)
+		checkEmpty(t, h.dir)
+	})
+}
+
+func TestAbortAfterStart(t *testing.T) {
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		out := h.dial("out")
+		p := h.open(URLs{Stdout: api.StreamURL("out")}, terminal)
+		s := launch(t, p)
+		s.started(p)
+		p.Abort()
+		if _, err := out.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("read after Abort = %v; want EOF", err)
+		}
+		s.closeAll()
+		waitFor(t, p)
+	})
 }
 
 func TestDeletedWithoutStart(t *testing.T) {
-	h := newHost(t, testLimits())
-	in := h.dial("in")
-	h.dial("out")
-	p := h.open(URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}, false)
-	io.WriteString(in, "never read")
-	p.Deleted()
-	waitFor(t, p)
-	checkEmpty(t, h.dir)
+	bothKinds(t, func(t *testing.T, terminal bool) {
+		h := newHost(t, testLimits())
+		in := h.dial("in")
+		h.dial("out")
+		p := h.open(URLs{Stdin: api.StreamURL("in"), Stdout: api.StreamURL("out")}, terminal)
+		io.WriteString(in, "never read")
+		p.Drain(t.Context())
+		p.Deleted()
+		waitFor(t, p)
+		checkEmpty(t, h.dir)
+	})
 }
 
 // Deleted may come while the input still waits for the service's reader.
 func TestDeletedWhileOpening(t *testing.T) {
 	h := newHost(t, testLimits())
 	h.dial("in")
-	p := h.open(URLs{Stdin: api.StreamURL("in")}, false)
+	p := h.open(URLs{Stdin: api.StreamURL("in")}, true)
 	p.Started(func() { t.Error("stdin was closed") })
 	p.Deleted()
 	waitFor(t, p)
@@ -437,14 +573,15 @@ func TestOpenPaths(t *testing.T) {
 		name     string
 		urls     URLs
 		terminal bool
-		want     Paths // "*" is a FIFO
+		want     Paths  // "*" is a FIFO
+		files    string // "ioe": those that the process is given
 	}{
-		{"nothing", URLs{}, false, Paths{}},
-		{"stdout only", URLs{Stdout: "a"}, false, Paths{Stdout: "*", Stderr: discard}},
-		{"stderr only", URLs{Stderr: "a"}, false, Paths{Stdout: discard, Stderr: "*"}},
-		{"stdin only", URLs{Stdin: "a"}, false, Paths{Stdin: "*", Stdout: discard, Stderr: discard}},
-		{"terminal", URLs{Stdin: "a", Stdout: "b"}, true, Paths{Stdin: "*", Stdout: "*"}},
-		{"terminal without streams", URLs{}, true, Paths{Stdout: discard}},
+		{"nothing", URLs{}, false, Paths{}, ""},
+		{"stdout only", URLs{Stdout: "a"}, false, Paths{}, "o"},
+		{"stderr only", URLs{Stderr: "a"}, false, Paths{}, "e"},
+		{"all", URLs{"a", "b", "c"}, false, Paths{}, "ioe"},
+		{"terminal", URLs{Stdin: "a", Stdout: "b"}, true, Paths{Stdin: "*", Stdout: "*"}, ""},
+		{"terminal without streams", URLs{}, true, Paths{Stdout: discardPath}, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHost(t, testLimits())
@@ -462,8 +599,14 @@ func TestOpenPaths(t *testing.T) {
 					*f = "*"
 				}
 			}
-			if got != tt.want {
-				t.Errorf("Paths() = %+v; want %+v", got, tt.want)
+			files := ""
+			for i, f := range []*os.File{p.Files().Stdin, p.Files().Stdout, p.Files().Stderr} {
+				if f != nil {
+					files += "ioe"[i : i+1]
+				}
+			}
+			if got != tt.want || files != tt.files {
+				t.Errorf("Paths(), Files() = %+v, %q; want %+v, %q", got, files, tt.want, tt.files)
 			}
 			p.Abort()
 			waitFor(t, p)

@@ -4,7 +4,8 @@
 // The wrapper checks identifiers, bundles, options and stdio before the
 // service sees them, joins stdio to stream connections (pkg/agent/stdio), and
 // never forwards Shutdown, after which the service would drop every event. It
-// adds nothing to what a container is.
+// adds nothing to what a container is. A process without a terminal gets pipes
+// of its own (Monitor), so the service copies only terminals.
 //
 // Stdin of a process that has a stream ends with the stream's half-close;
 // CloseIO for it is accepted and does nothing, so that it cannot overtake
@@ -239,7 +240,7 @@ func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	s.awaitExit(ctx, k)
+	s.settle(ctx, k)
 	resp, err := s.inner.Delete(inNamespace(ctx), r)
 	if err != nil {
 		return nil, err
@@ -261,26 +262,33 @@ func (s *Service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 	return resp, nil
 }
 
+// drainGrace bounds the wait for the output of a process that has ended, which
+// a child of it may hold open. The task service waits as long for a terminal.
+const drainGrace = 10 * time.Second
+
 // exitGrace bounds the time between the end of a process and its exit event.
 const exitGrace = 2 * time.Second
 
-// awaitExit returns when the exit of a process that has ended was published.
-// The service lets Wait return before that, so that a quick Delete could have
-// its event before the exit's.
-func (s *Service) awaitExit(ctx context.Context, k key) {
+// settle returns when the exit of a process that has ended was published and
+// its output has ended, so that its deletion loses nothing: the service lets
+// Wait return before the exit's event.
+func (s *Service) settle(ctx context.Context, k key) {
 	p := s.lookup(k)
 	if p == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, exitGrace)
-	defer cancel()
 	st, err := s.inner.State(inNamespace(ctx), &taskapi.StateRequest{ID: k.id, ExecID: k.exec})
 	if err != nil || st.Status != task.Status_STOPPED {
 		return
 	}
+	published, cancel := context.WithTimeout(ctx, exitGrace)
+	defer cancel()
 	select {
 	case <-p.exited:
-	case <-ctx.Done():
+	case <-published.Done():
 		log.L.Warnf("%s has ended without an exit event", k)
 	}
+	drained, cancel := context.WithTimeout(ctx, drainGrace)
+	defer cancel()
+	p.stdio.Drain(drained)
 }

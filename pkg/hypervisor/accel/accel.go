@@ -9,10 +9,10 @@
 //
 // Choose may be called from any goroutine and by many processes at once. It
 // takes a few milliseconds where KVM works, about 50 where it is slow, and never
-// more than HardLimit, or Patience if KVM was asked for. If the kernel does not give the probing thread
-// back by then, that thread is left behind, with one virtual machine; nothing
-// waits for it. A measured verdict is cached until the next boot, any other is
-// not.
+// more than HardLimit, or Patience if KVM was asked for. If the kernel does not
+// give the probing thread back by then, that thread is left behind, with one
+// virtual machine; nothing waits for it. A measured verdict is cached until the
+// next boot, any other is not.
 //
 // Not guaranteed: that a VMM can use what the probe could. It may lack the
 // right to open the device, or ask for a CPU feature that is not there.

@@ -48,6 +48,35 @@ func launchFake(t *testing.T, behaviour string, cfg qemu.Config) hypervisor.VM {
 	return launch(t, cfg, fakeSpec(t))
 }
 
+func writeScript(t *testing.T, path, body string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// openFiles lists the descriptors of this process that are not the runtime's.
+func openFiles(t *testing.T) []string {
+	t.Helper()
+	// Files that only a finalizer would close are leaks, but those of other
+	// tests are not this one's.
+	runtime.GC()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []string
+	for _, e := range entries {
+		target, err := os.Readlink("/proc/self/fd/" + e.Name())
+		if err != nil || strings.HasPrefix(target, "anon_inode:[event") || strings.HasPrefix(target, "/proc/") {
+			continue
+		}
+		list = append(list, e.Name()+" "+target)
+	}
+	slices.Sort(list)
+	return list
+}
+
 func waitDone(t *testing.T, vm hypervisor.VM) {
 	t.Helper()
 	select {
@@ -175,10 +204,15 @@ func TestConsoleFlood(t *testing.T) {
 }
 
 // TestOrphanHoldsPipes: the machine's end does not wait for a process that
-// inherited QEMU's stderr.
+// inherited QEMU's stderr, and loses nothing that was said before.
 func TestOrphanHoldsPipes(t *testing.T) {
 	start := time.Now()
 	vm := launchFake(t, "orphan", qemu.Config{})
+	for syscall.Kill(vm.Pid(), 0) == nil {
+		time.Sleep(time.Millisecond) // until it is reaped
+	}
+	// Too late to be the reason, although the machine may not be done yet.
+	kill(t, vm)
 	waitDone(t, vm)
 	if d := time.Since(start); d > 10*time.Second {
 		t.Errorf("the machine was done after %v", d)
@@ -229,13 +263,7 @@ func TestInheritance(t *testing.T) {
 		const user, group = 54321, 54322
 		cfg.Credential = &syscall.Credential{Uid: user, Gid: group}
 		want = append(want, fmt.Sprintf("uid %d gid %d", user, group))
-		// The fake, unlike QEMU, is a script below a private folder, which
-		// runs the test program, below another one.
-		for _, p := range []string{cfg.Binary, mustExecutable(t)} {
-			for dir := filepath.Dir(p); dir != "/"; dir = filepath.Dir(dir) {
-				makeTraversable(t, dir)
-			}
-		}
+		letEverybodyRun(t, cfg.Binary)
 		if err := os.Chmod(filepath.Dir(spec.Kernel), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -249,13 +277,19 @@ func TestInheritance(t *testing.T) {
 	}
 }
 
-func mustExecutable(t *testing.T) string {
+// letEverybodyRun makes a fake usable for all users: unlike QEMU it is a script
+// below a private folder, which runs the test program, below another one.
+func letEverybodyRun(t *testing.T, fake string) {
 	t.Helper()
-	path, err := os.Executable()
+	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return path
+	for _, p := range []string{fake, self} {
+		for dir := filepath.Dir(p); dir != "/"; dir = filepath.Dir(dir) {
+			makeTraversable(t, dir)
+		}
+	}
 }
 
 // makeTraversable lets everybody enter dir until the test ends.
@@ -274,162 +308,28 @@ func makeTraversable(t *testing.T, dir string) {
 	t.Cleanup(func() { _ = os.Chmod(dir, fi.Mode().Perm()) })
 }
 
-func TestLaunchErrors(t *testing.T) {
-	kernel, initrd := imageFiles(t)
-	dir := filepath.Dir(kernel)
-	empty := filepath.Join(dir, "empty")
-	if err := os.WriteFile(empty, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	old := filepath.Join(dir, "qemu-old")
-	writeScript(t, old, "echo 'QEMU emulator version 6.2.0'")
-	broken := filepath.Join(dir, "qemu-broken")
-	writeScript(t, broken, "echo 'cannot load libfoo.so' >&2; exit 127")
-	other := filepath.Join(dir, "qemu-other")
-	writeScript(t, other, "echo 'some other program'")
-	noexec := filepath.Join(dir, "qemu-data")
-	if err := os.WriteFile(noexec, []byte("data"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	good := fakeBinary(t, "linger")
-	type change func(*qemu.Config, *hypervisor.Spec)
-	tests := map[string]struct {
-		change change
-		want   string
-		kind   error
-	}{
-		"no kernel":             {func(_ *qemu.Config, s *hypervisor.Spec) { s.Kernel = dir + "/none" }, "start vm test: guest kernel: open " + dir + "/none: no such file or directory", os.ErrNotExist},
-		"no initrd":             {func(_ *qemu.Config, s *hypervisor.Spec) { s.Initrd = dir + "/none" }, "start vm test: guest initrd: open " + dir + "/none: no such file or directory", os.ErrNotExist},
-		"directory":             {func(_ *qemu.Config, s *hypervisor.Spec) { s.Kernel = dir }, "start vm test: guest kernel " + dir + ": not a regular file", nil},
-		"empty file":            {func(_ *qemu.Config, s *hypervisor.Spec) { s.Kernel = empty }, "start vm test: guest kernel " + empty + ": the file is empty", nil},
-		"no binary":             {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = dir + "/none" }, "start vm test: find QEMU: exec: \"" + dir + "/none\": stat " + dir + "/none: no such file or directory", os.ErrNotExist},
-		"no binary in PATH":     {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = "qemu-none" }, "start vm test: find QEMU \"qemu-none\" in PATH: file does not exist", os.ErrNotExist},
-		"not executable":        {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = noexec }, "start vm test: find QEMU: exec: \"" + noexec + "\": permission denied", os.ErrPermission},
-		"old binary":            {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = old }, "start vm test: " + old + " is QEMU 6.2.0: want 7.2 or newer: unsupported operation", errors.ErrUnsupported},
-		"broken binary":         {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = broken }, "start vm test: run " + broken + " -version: exit status 127: cannot load libfoo.so", nil},
-		"another program":       {func(c *qemu.Config, _ *hypervisor.Spec) { c.Binary = other }, "start vm test: run " + other + " -version: version \"some other program\": want QEMU emulator version N.N", nil},
-		"bad spec":              {func(_ *qemu.Config, s *hypervisor.Spec) { s.CPUs = 0 }, "start vm test: vm spec: 0 CPUs: want 1 to 64", nil},
-		"long kernel arguments": {func(_ *qemu.Config, s *hypervisor.Spec) { s.Cmdline = []string{strings.Repeat("x", 4096)} }, "start vm test: kernel command line of", nil},
-		"start fails": {func(c *qemu.Config, _ *hypervisor.Spec) {
-			c.Start = func(*exec.Cmd) error { return os.ErrDeadlineExceeded }
-		}, "start vm test: start " + good + ": i/o timeout", os.ErrDeadlineExceeded},
-		"start does nothing": {func(c *qemu.Config, _ *hypervisor.Spec) { c.Start = func(*exec.Cmd) error { return nil } }, "start vm test: start " + good + ": the start function started nothing", nil},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			spec := testSpec(t, kernel, initrd)
-			cfg := qemu.Config{Binary: good, CacheDir: t.TempDir()}
-			tt.change(&cfg, &spec)
-			before := openFiles(t)
-			vm, err := qemu.Launch(context.Background(), cfg, spec)
-			if err == nil || vm != nil || !strings.HasPrefix(err.Error(), tt.want) {
-				t.Errorf("Launch() = %v, %v; want nil, %q", vm, err, tt.want)
-			}
-			if tt.kind != nil && !errors.Is(err, tt.kind) {
-				t.Errorf("Launch() = %v; want it to match %v", err, tt.kind)
-			}
-			if diff := cmp.Diff(before, openFiles(t)); diff != "" {
-				t.Errorf("descriptors before and after (-before +after):\n%s", diff)
-			}
-		})
-	}
-}
-
-func writeScript(t *testing.T, path, body string) {
-	t.Helper()
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// openFiles lists the descriptors of this process that are not the runtime's.
-func openFiles(t *testing.T) []string {
-	t.Helper()
-	// Files that only a finalizer would close are leaks, but those of other
-	// tests are not this one's.
-	runtime.GC()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var list []string
-	for _, e := range entries {
-		target, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err != nil || strings.HasPrefix(target, "anon_inode:[event") || strings.HasPrefix(target, "/proc/") {
-			continue
-		}
-		list = append(list, e.Name()+" "+target)
-	}
-	slices.Sort(list)
-	return list
-}
-
-// TestLaunchThatFailsLate: whatever is started by then does not survive.
-func TestLaunchThatFailsLate(t *testing.T) {
-	t.Run("start function fails after the fork", func(t *testing.T) {
-		var pid int
-		cfg := qemu.Config{Binary: fakeBinary(t, "linger"), CacheDir: t.TempDir(), Start: func(cmd *exec.Cmd) error {
-			if err := cmd.Start(); err != nil {
-				return err
-			}
-			pid = cmd.Process.Pid
-			return errors.New("no such cgroup")
-		}}
-		testLateFailure(t, context.Background(), cfg, &pid, "no such cgroup")
-	})
-	t.Run("context ends during the start", func(t *testing.T) {
-		var pid int
-		ctx, cancel := context.WithCancelCause(context.Background())
-		cfg := qemu.Config{Binary: fakeBinary(t, "linger"), CacheDir: t.TempDir(), Start: func(cmd *exec.Cmd) error {
-			if err := cmd.Start(); err != nil {
-				return err
-			}
-			pid = cmd.Process.Pid
-			cancel(errors.New("the pod was removed"))
-			return nil
-		}}
-		testLateFailure(t, ctx, cfg, &pid, "the pod was removed")
-	})
-}
-
-func testLateFailure(t *testing.T, ctx context.Context, cfg qemu.Config, pid *int, want string) {
-	t.Helper()
-	spec := fakeSpec(t)
-	before := openFiles(t)
-	vm, err := qemu.Launch(ctx, cfg, spec)
-	if err == nil || vm != nil || !strings.Contains(err.Error(), want) {
-		t.Errorf("Launch() = %v, %v; want nil, %q", vm, err, want)
-	}
-	if *pid == 0 {
-		t.Fatal("nothing was started")
-	}
-	if err := syscall.Kill(*pid, 0); err != syscall.ESRCH {
-		t.Errorf("kill(%d, 0) = %v; want ESRCH: killed and reaped", *pid, err)
-	}
-	if diff := cmp.Diff(before, openFiles(t)); diff != "" {
-		t.Errorf("descriptors before and after (-before +after):\n%s", diff)
-	}
-}
-
-func TestLaunchWithEndedContext(t *testing.T) {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	started := false
-	cfg := qemu.Config{Binary: fakeBinary(t, "linger"), CacheDir: t.TempDir(), Start: func(cmd *exec.Cmd) error {
-		started = true
-		return cmd.Start()
-	}}
-	if vm, err := qemu.Launch(ctx, cfg, fakeSpec(t)); !errors.Is(err, context.Canceled) || vm != nil || started {
-		t.Errorf("Launch() = %v, %v, started %v; want a cancellation before the start", vm, err, started)
-	}
-}
-
-// TestParentDeath: QEMU does not outlive the thread that started it.
+// TestParentDeath: QEMU does not outlive the thread that started it, whoever it
+// runs as.
 func TestParentDeath(t *testing.T) {
+	t.Run("same user", func(t *testing.T) { testParentDeath(t, qemu.Config{}) })
+	t.Run("another user", func(t *testing.T) {
+		if os.Geteuid() != 0 {
+			t.Skip("needs root to become another user")
+		}
+		testParentDeath(t, qemu.Config{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}})
+	})
+}
+
+func testParentDeath(t *testing.T, cfg qemu.Config) {
+	cfg.Binary = fakeBinary(t, "linger")
+	if cfg.Credential != nil {
+		letEverybodyRun(t, cfg.Binary)
+	}
+	spec := fakeSpec(t)
 	vms := make(chan hypervisor.VM)
 	end := make(chan struct{})
 	go endingThread(func() {
-		vms <- launchFake(t, "linger", qemu.Config{})
+		vms <- launch(t, cfg, spec)
 		<-end
 	})
 	vm := <-vms
@@ -459,6 +359,49 @@ func endingThread(f func()) {
 		endingThread(f)
 	}()
 	<-done
+}
+
+// TestWithoutPidfd: a start function, or an old kernel, may yield none.
+func TestWithoutPidfd(t *testing.T) {
+	vm := launchFake(t, "fail", qemu.Config{Start: func(cmd *exec.Cmd) error {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		return cmd.Start()
+	}})
+	waitDone(t, vm)
+	if err := vm.Err(); err == nil || !strings.Contains(err.Error(), "exit status 1") {
+		t.Errorf("Err() = %v; want exit status 1", err)
+	}
+	running := launchFake(t, "linger", qemu.Config{Start: func(cmd *exec.Cmd) error {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		return cmd.Start()
+	}})
+	kill(t, running)
+}
+
+// TestReapedByOthers: whoever waits for any child takes QEMU's status away, but
+// not its end.
+func TestReapedByOthers(t *testing.T) {
+	for _, killed := range []bool{false, true} {
+		vm := launchFake(t, "linger", qemu.Config{})
+		stolen := make(chan error, 1)
+		go func() {
+			_, err := syscall.Wait4(vm.Pid(), nil, 0, nil)
+			stolen <- err
+		}()
+		if killed {
+			kill(t, vm)
+		} else if err := syscall.Kill(vm.Pid(), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		waitDone(t, vm)
+		if err := <-stolen; err != nil {
+			t.Logf("the status was not taken away: %v", err)
+			continue
+		}
+		if err := vm.Err(); (err == nil) != killed {
+			t.Errorf("Err() after Kill %v = %v", killed, err)
+		}
+	}
 }
 
 // TestNothingLeft: goroutines and descriptors after many machines.

@@ -1,6 +1,7 @@
 package qemu_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,8 +27,9 @@ import (
 // eachKernel runs a test with every kind of kernel.
 func eachKernel(t *testing.T, test func(t *testing.T, spec hypervisor.Spec)) {
 	qemuBinary(t)
+	initrd := testInitrd(t)
 	for _, kind := range []string{guest.Tuned, guest.Stock} {
-		t.Run(kind, func(t *testing.T) { test(t, testSpec(t, kernelOf(t, kind), testInitrd(t))) })
+		t.Run(kind, func(t *testing.T) { test(t, testSpec(t, kernelOf(t, kind), initrd)) })
 	}
 }
 
@@ -326,4 +329,49 @@ func TestIntegrationShare(t *testing.T) {
 	c := newConsole(t)
 	vm := launch(t, qemu.Config{Console: c.line}, spec)
 	c.wait(vm, "vmrt-test: hello is from the host")
+}
+
+// BenchmarkBoot measures from the call of Launch until the guest's init says
+// that it runs, and the processor time that QEMU has used by then.
+func BenchmarkBoot(b *testing.B) {
+	qemuBinary(b)
+	initrd := testInitrd(b)
+	for _, kind := range []string{guest.Tuned, guest.Stock} {
+		b.Run(kind, func(b *testing.B) {
+			kernel := kernelOf(b, kind)
+			var cpu time.Duration
+			for b.Loop() {
+				spec := testSpec(b, kernel, initrd)
+				c := newConsole(b)
+				vm := launch(b, qemu.Config{Console: c.line}, spec)
+				c.wait(vm, "vmrt-test: ready")
+				b.StopTimer()
+				cpu += processorTime(b, vm.Pid())
+				kill(b, vm)
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "cpu-ms/op")
+			b.ReportMetric(float64(b.Elapsed().Milliseconds())/float64(b.N), "ms/op")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// processorTime returns what a process has used so far (proc(5), stat).
+func processorTime(t testing.TB, pid int) time.Duration {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	var ticks int64
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * (time.Second / 100)
 }

@@ -169,7 +169,7 @@ func TestPartialWrite(t *testing.T) {
 	p := newPair(t, vsock.Config{}, vsocktest.Config{Credit: 100_000})
 	host, guest := p.dialGuest(t)
 	want := random(4, 300_000)
-	host.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+	host.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
 	n, err := host.Write(want)
 	if n != 100_000 || !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("Write(300000 bytes) = %d, %v; want 100000, a timeout", n, err)

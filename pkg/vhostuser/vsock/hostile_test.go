@@ -192,7 +192,7 @@ func TestReplyFlood(t *testing.T) {
 	waitFor(t, "stop of the guest", func() bool {
 		n := len(sent)
 		time.Sleep(20 * time.Millisecond)
-		return n > 0 && n == len(sent)
+		return n >= 256 && n == len(sent)
 	})
 	if n := len(sent); n < 256 || n > 256+128 {
 		t.Errorf("device has taken %d packets; want 256, and up to 128 more in the queue", n)
@@ -240,7 +240,7 @@ func TestBrokenQueue(t *testing.T) {
 func TestMaxConns(t *testing.T) {
 	t.Run("from host", func(t *testing.T) {
 		// This guest never confirms the end of a connection.
-		p := newPair(t, vsock.Config{MaxConns: 2, CloseTimeout: 50 * time.Millisecond}, vsocktest.Config{})
+		p := newPair(t, vsock.Config{MaxConns: 2, CloseTimeout: 300 * time.Millisecond}, vsocktest.Config{})
 		host, guest := p.dialGuest(t)
 		p.dialGuest(t)
 		_, err := p.Dial(timeout(t), port)
@@ -297,9 +297,7 @@ func TestMemoryBound(t *testing.T) {
 		if _, err := l.Accept(); err != nil {
 			t.Fatal(err)
 		}
-		// As much as the guest can send without a reader.
-		guest.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
-		last, _ = guest.Write(make([]byte, 1<<20))
+		last = int(guest.Credit())
 		sum += last
 	}
 	if last != 16<<10 {

@@ -2,8 +2,8 @@
 // out, in small files that are valid until the next boot.
 //
 // A file that is missing, from another boot, stored under another key,
-// corrupted, or writable by anybody but its owner and this process's user is a
-// miss and never a wrong answer. Files are replaced atomically; of concurrent
+// corrupted, another user's, or writable by others is a miss and never a wrong
+// answer. Files are replaced atomically; of concurrent
 // writers the last one wins. Nothing is locked: two processes may find out the
 // same fact at the same time.
 package bootcache

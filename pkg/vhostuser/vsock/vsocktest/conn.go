@@ -236,6 +236,13 @@ func (c *Conn) Close() error {
 	return c.send(OpShutdown, shutBoth, nil)
 }
 
+// Credit returns how many bytes the host lets the guest send ahead of it.
+func (c *Conn) Credit() uint32 {
+	c.g.mu.Lock()
+	defer c.g.mu.Unlock()
+	return c.peerAlloc
+}
+
 // Mute forgets the connection without a word to the host, and answers nothing
 // that still comes for it.
 func (c *Conn) Mute() {

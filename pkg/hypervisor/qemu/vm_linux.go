@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,7 +45,8 @@ type VM struct {
 	done chan struct{}
 
 	mu     sync.Mutex
-	killed bool   // guarded by mu; Kill came before the end
+	ended  bool   // guarded by mu; the process has ended
+	killed bool   // guarded by mu; Kill came before that
 	reason string // guarded by mu; QEMU's word for why the guest stopped
 	err    error  // guarded by mu; set before done is closed
 }
@@ -73,6 +75,9 @@ func supervise(cfg Config, spec *hypervisor.Spec, cmd *exec.Cmd, pidfd int, ends
 	go func() {
 		waitExit(pidfd)
 		err := cmd.Wait()
+		v.mu.Lock()
+		v.ended = true
+		v.mu.Unlock()
 		close(hurry)
 		// Everything that QEMU wrote is in the buffers; but somebody may
 		// have inherited its end of them.
@@ -132,12 +137,23 @@ func (v *VM) followQMP(c *qmp.Client) {
 // finish publishes the end of the process, which Wait reported as err.
 func (v *VM) finish(err error) {
 	v.mu.Lock()
-	if !v.killed {
+	if !v.killed || !fromKill(v.cmd.ProcessState) {
 		v.err = v.describe(err)
 	}
 	v.mu.Unlock()
 	v.log.Info("QEMU ended", "status", v.cmd.ProcessState, "error", v.Err())
 	close(v.done)
+}
+
+// fromKill reports whether a process may have ended by SIGKILL: one that ended
+// by itself just when Kill came has a reason of its own. Nothing is known of a
+// process that somebody else has reaped.
+func fromKill(p *os.ProcessState) bool {
+	if p == nil {
+		return true
+	}
+	status, ok := p.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && status.Signal() == syscall.SIGKILL
 }
 
 // describe says what the end of QEMU means. v.mu is held.
@@ -181,7 +197,9 @@ func (v *VM) Kill(ctx context.Context) error {
 	default:
 	}
 	v.mu.Lock()
-	v.killed = true
+	if !v.ended {
+		v.killed = true
+	}
 	v.mu.Unlock()
 	if err := v.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill vm %s: %w", v.name, err)

@@ -14,7 +14,7 @@ import (
 // a guest with a vsock device (docs/interop/vhost-user in QEMU's sources). The
 // device it describes works for the driver and never answers. It returns
 // QEMU's end, which the caller owns; the served end closes with it.
-func silentVsock(t *testing.T, cid uint64) *os.File {
+func silentVsock(t testing.TB, cid uint64) *os.File {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -148,7 +148,7 @@ const bootTimeout = 3 * time.Minute
 
 // testSpec returns a small machine with whatever accelerates it here. Its vsock
 // device is the kernel's under KVM, if that has one, and else a silent one.
-func testSpec(t *testing.T, kernel, initrd string) hypervisor.Spec {
+func testSpec(t testing.TB, kernel, initrd string) hypervisor.Spec {
 	t.Helper()
 	wish := hypervisor.Auto
 	if os.Getenv("VMRT_LAB") != "" {
@@ -188,7 +188,7 @@ var cacheDir = sync.OnceValue(func() string {
 })
 
 // launch starts a machine and kills it at the end of the test.
-func launch(t *testing.T, cfg qemu.Config, spec hypervisor.Spec) hypervisor.VM {
+func launch(t testing.TB, cfg qemu.Config, spec hypervisor.Spec) hypervisor.VM {
 	t.Helper()
 	if cfg.Binary == "" {
 		cfg.Binary = qemuBinary(t)
@@ -204,7 +204,7 @@ func launch(t *testing.T, cfg qemu.Config, spec hypervisor.Spec) hypervisor.VM {
 	return vm
 }
 
-func kill(t *testing.T, vm hypervisor.VM) {
+func kill(t testing.TB, vm hypervisor.VM) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
