@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/vsock"
 	"github.com/vmrt/vmrt/pkg/vsock/internal/exchange"
 )
@@ -22,7 +23,7 @@ func BenchmarkGuest(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer l.Close()
-	m := boot(b, vsock.Auto,
+	m := boot(b, guest.Tuned, vsock.Auto,
 		"-chardev", "socket,id=bench,path="+path,
 		"-device", "virtio-serial-device", "-device", "virtserialport,chardev=bench,name=bench")
 	serial, err := l.Accept()

@@ -32,7 +32,7 @@ type vhostUser struct {
 func openVhostUser() (Transport, error) {
 	t := &vhostUser{}
 	var err error
-	if t.device, err = vsock.New(vsock.Config{GuestCID: vhostUserCID, Buffer: Buf}); err != nil {
+	if t.device, err = vsock.New(vsock.Config{GuestCID: vhostUserCID}); err != nil {
 		return nil, err
 	}
 	if t.listener, err = t.device.Listen(vhostUserPort); err != nil {
@@ -96,4 +96,3 @@ func (t *vhostUser) Close() error {
 	t.served.Wait()
 	return err
 }
-var Buf int

@@ -50,11 +50,11 @@ type machine struct {
 	console []string
 }
 
-// boot starts a machine with the transport of a mode. extra are arguments for
-// QEMU.
-func boot(t testing.TB, mode string, extra ...string) *machine {
+// boot starts a machine with a kind of kernel and the transport of a mode.
+// extra are arguments for QEMU.
+func boot(t testing.TB, kind, mode string, extra ...string) *machine {
 	t.Helper()
-	kernel := tunedKernel(t)
+	files := guestFiles(t, kind)
 	binary, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
 		skip(t, "no QEMU: %v", err)
@@ -79,7 +79,7 @@ func boot(t testing.TB, mode string, extra ...string) *machine {
 		Binary: wrapper(t, binary, extra), Start: lockedStart(t), Console: m.line, CacheDir: t.TempDir(),
 	}, hypervisor.Spec{
 		Name: "vsock-test", Accelerator: accelerator(ctx, t), CPUs: 1, MemoryMiB: 128,
-		Kernel: kernel, Initrd: initrd(t), Vsock: device,
+		Kernel: filepath.Join(files, guest.KernelFile), Initrd: initrd(t, files), Vsock: device,
 		Cmdline: []string{fmt.Sprint(exchange.PortArg, m.HostPort())},
 	})
 	if err != nil {
@@ -115,35 +115,48 @@ func (m *machine) line(s string) {
 	m.console = append(m.console, s)
 }
 
-// tunedKernel returns the path of the kernel, which needs no modules.
-func tunedKernel(t testing.TB) string {
+// guestFiles returns the folder of the guest files with a kind of kernel.
+func guestFiles(t testing.TB, kind string) string {
 	t.Helper()
 	root := os.Getenv("VMRT_GUEST")
 	if root == "" {
 		root = "../../bin/guest"
 	}
-	kernel, err := filepath.Abs(filepath.Join(root, guest.Tuned, guest.KernelFile))
+	dir, err := filepath.Abs(filepath.Join(root, kind))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(kernel); err != nil {
-		skip(t, "no kernel: %v; make build", err)
+	if _, err := guest.Load(dir); err != nil {
+		skip(t, "no guest files: %v; make build", err)
 	}
-	return kernel
+	return dir
 }
 
-// initrd returns the path of an archive whose init is vsockguest.
-func initrd(t testing.TB) string {
+// initrd returns the path of an archive whose init is vsockguest. With a
+// kernel that needs modules it comes behind the guest files' own, and
+// overwrites init.
+func initrd(t testing.TB, files string) string {
 	t.Helper()
 	program, err := buildGuest()
 	if err != nil {
 		t.Fatal(err)
 	}
+	manifest, err := guest.Load(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if manifest.Initramfs.Modules > 0 {
+		shipped, err := os.ReadFile(filepath.Join(files, guest.InitramfsFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Write(shipped)
+	}
 	var a initramfs.Archive
 	if err := errors.Join(a.File("init", 0o755, program), a.CharDevice("dev/console", 0o600, 5, 1)); err != nil {
 		t.Fatal(err)
 	}
-	var b bytes.Buffer
 	if _, err := a.WriteTo(&b); err != nil {
 		t.Fatal(err)
 	}
@@ -216,7 +229,11 @@ func lockedStart(t testing.TB) hypervisor.StartFunc {
 }
 
 // TestVM uses connections to and from a real guest in all ways.
-func TestVM(t *testing.T) { testStreams(t, vsock.VhostUser) }
+func TestVM(t *testing.T) {
+	for _, kind := range []string{guest.Tuned, guest.Stock} {
+		t.Run(kind, func(t *testing.T) { testStreams(t, kind, vsock.VhostUser) })
+	}
+}
 
 // TestKVM is TestVM with the kernel's device.
 func TestKVM(t *testing.T) {
@@ -226,11 +243,11 @@ func TestKVM(t *testing.T) {
 		}
 		t.Skipf("needs a real KVM and vhost-vsock: %v; make test-kvm", err)
 	}
-	testStreams(t, vsock.Vhost)
+	testStreams(t, guest.Tuned, vsock.Vhost)
 }
 
-func testStreams(t *testing.T, mode string) {
-	m := boot(t, mode)
+func testStreams(t *testing.T, kind, mode string) {
+	m := boot(t, kind, mode)
 	if m.Name() != mode {
 		t.Errorf("Name() = %q; want %q", m.Name(), mode)
 	}
@@ -240,6 +257,8 @@ func testStreams(t *testing.T, mode string) {
 	t.Run("HalfClose", m.testHalfClose)
 	t.Run("GuestCloses", m.testGuestCloses)
 	t.Run("Refused", m.testRefused)
+	t.Run("SmallBuffer", m.testSmallBuffer)
+	t.Run("ManyUnread", m.testManyUnread)
 	t.Run("ManyShort", m.testManyShort)
 	t.Run("Abandoned", m.testAbandoned)
 	t.Run("End", m.testEnd)
@@ -254,7 +273,7 @@ func TestPause(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	m := boot(t, vsock.VhostUser, "-chardev", "socket,id=pause,path="+path, "-mon", "chardev=pause,mode=control")
+	m := boot(t, guest.Tuned, vsock.VhostUser, "-chardev", "socket,id=pause,path="+path, "-mon", "chardev=pause,mode=control")
 	monitor, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -378,6 +397,47 @@ func (m *machine) testGuestCloses(t *testing.T) {
 func (m *machine) testRefused(t *testing.T) {
 	if _, err := m.Dial(timeout(t), 4000); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("Dial of a port without listener: %v; want %v", err, syscall.ECONNREFUSED)
+	}
+}
+
+// A guest with a small buffer goes only that far ahead, too.
+func (m *machine) testSmallBuffer(t *testing.T) {
+	c := m.dial(t, exchange.PortSmall)
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	echo(t, c, 4, 20_000)
+}
+
+// Many small writes that the guest does not read for a while.
+func (m *machine) testManyUnread(t *testing.T) {
+	for _, size := range []int{1, 100, 200, 1000} {
+		c := m.dial(t, exchange.PortHold)
+		const total = 300_000 // more than the credit
+		if err := exchange.Request(c, exchange.Sink, total); err != nil {
+			t.Fatal(err)
+		}
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		sent := 0
+		var err error
+		for buf := make([]byte, size); err == nil && sent < total; {
+			var n int
+			n, err = c.Write(buf[:min(size, total-sent)])
+			sent += n
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("write %d of %d bytes, in pieces of %d: %v", sent, total, size, err)
+			continue
+		}
+		c.SetWriteDeadline(time.Now().Add(time.Minute))
+		m.dial(t, exchange.PortRelease)
+		if _, err := c.Write(make([]byte, total-sent)); err != nil {
+			t.Errorf("write the rest after %d bytes, in pieces of %d: %v", sent, size, err)
+			continue
+		}
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Errorf("read the answer after pieces of %d: %v", size, err)
+		}
 	}
 }
 

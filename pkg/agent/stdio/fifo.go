@@ -11,7 +11,7 @@ import (
 )
 
 // bufferSize is what one read moves at most. Idle streams hold no buffer.
-const bufferSize = 64 << 10
+const bufferSize = 256 << 10
 
 var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
 

@@ -290,5 +290,7 @@ func (s *Service) settle(ctx context.Context, k key) {
 	}
 	drained, cancel := context.WithTimeout(ctx, drainGrace)
 	defer cancel()
-	p.stdio.Drain(drained)
+	if io := s.stdio(k); io != nil {
+		io.Drain(drained)
+	}
 }

@@ -236,6 +236,34 @@ func TestManyConns(t *testing.T) {
 	wg.Wait()
 }
 
+// A guest that uses less than its credit, for whatever reason, does not wait
+// forever for more.
+func TestGuestWindow(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		cfg  vsock.Config
+		gcfg vsocktest.Config
+		size int
+	}{
+		{"its own buffer is small", vsock.Config{}, vsocktest.Config{Credit: 10_000}, 1 << 20},
+		{"the host's is large", vsock.Config{Buffer: 4 << 20, Memory: 1 << 30}, vsocktest.Config{}, 4 << 20},
+		{"nobody knows", vsock.Config{}, vsocktest.Config{Window: 10_000}, 50_000},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPair(t, tc.cfg, tc.gcfg)
+			host, guest := p.dialGuest(t)
+			want := random(7, tc.size)
+			go func() {
+				guest.Write(want)
+				guest.Close()
+			}()
+			if got, err := io.ReadAll(host); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("host reads %d bytes, %v; want the %d sent", len(got), err, len(want))
+			}
+		})
+	}
+}
+
 // The counters of the flow control are 32 bits long and wrap.
 func TestCountersWrap(t *testing.T) {
 	p := newPair(t, vsock.Config{}, vsocktest.Config{})

@@ -14,7 +14,7 @@
 // Everything may be called from any goroutine. One mutex, Device.mu, guards
 // the queues, all connections and all listeners; it is held while bytes are
 // copied and never while anything waits. The device has no goroutine of its
-// own besides those of vhostuser.Backend.
+// own besides those of vhostuser.Backend, and timers.
 //
 // # Not guaranteed
 //
@@ -107,7 +107,10 @@ type Device struct {
 	// guest takes no replies.
 	stalled bool
 	// woken are connections whose waiters are to be woken by unlock.
-	woken            []*Conn
+	woken []*Conn
+	// creditTimer calls advertise if creditArmed.
+	creditTimer      *time.Timer
+	creditArmed      bool
 	pool             pool
 	rxChain, txChain vhostuser.Chain
 	// err says why the device has ended.
@@ -175,6 +178,9 @@ func (d *Device) end(err error) {
 		l.end(err)
 	}
 	d.replies.clear()
+	if d.creditTimer != nil {
+		d.creditTimer.Stop()
+	}
 }
 
 // unlock wakes who waits for a change made since lock. All of them need the

@@ -68,7 +68,13 @@ func (d *Device) handle(s *vhostuser.Segments) {
 		}
 		return
 	}
-	c.peerAlloc, c.peerFwd = h.bufAlloc, h.fwdCnt
+	c.peerAlloc = h.bufAlloc
+	// Packets of two threads of the guest can overtake each other between the
+	// reading of the counter and the queue: an older count is no news, and to
+	// believe it would take back credit that the guest thinks it has given.
+	if int32(h.fwdCnt-c.peerFwd) > 0 {
+		c.peerFwd = h.fwdCnt
+	}
 	switch c.state {
 	case connecting:
 		c.handleConnecting(&h)
@@ -166,18 +172,4 @@ func (c *Conn) receive(h *header, s *vhostuser.Segments) {
 		c.wake()
 	}
 	c.received.fill(&c.d.pool, s, n)
-}
-
-// consumed counts bytes that have left the buffer, and has the guest told
-// when it may need to know: it is past half of its credit, and there is
-// enough news to be worth a packet.
-func (c *Conn) consumed(n int) {
-	c.fwdCount += uint32(n)
-	if c.peerShut&shutdownSend != 0 || c.state != open {
-		return
-	}
-	if c.rxCount-c.advertised >= c.alloc/2 && c.fwdCount-c.advertised >= c.alloc/4 {
-		c.pending |= pendCredit
-		c.d.senders.push(c)
-	}
 }

@@ -146,15 +146,6 @@ func (c *Conn) sendable() bool {
 	return c.pending != 0 || len(c.unsent) > 0 && c.credit() > 0
 }
 
-// credit returns how many bytes the guest is ready to take (virtio 1.2,
-// section 5.10.6.3). The counters wrap.
-func (c *Conn) credit() uint32 {
-	if inFlight := c.txCount - c.peerFwd; inFlight < c.peerAlloc {
-		return c.peerAlloc - inFlight
-	}
-	return 0
-}
-
 // send writes one packet of a connection that is sendable, and returns its
 // length.
 func (c *Conn) send(w *vhostuser.Segments) int {

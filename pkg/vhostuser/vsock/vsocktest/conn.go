@@ -186,8 +186,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 		case done == len(p):
 			return done, nil
 		}
-		credit := c.peerAlloc - (c.tx - c.peer)
-		if n := min(len(p)-done, int(credit), maxPayload); n > 0 {
+		credit := min(int64(c.peerAlloc), int64(c.g.cfg.Window)) - int64(c.tx-c.peer)
+		if n := int(min(int64(len(p)-done), credit, maxPayload)); n > 0 {
 			c.tx += uint32(n)
 			if err := c.send(OpRW, 0, p[done:done+n]); err != nil {
 				return done, c.opError("write", err)

@@ -35,6 +35,9 @@ type Config struct {
 	// Credit is the number of bytes that the host may send on a connection
 	// ahead of its reader. 0: 256 KiB.
 	Credit uint32
+	// Window, if set, is how far ahead of the host's reader the guest goes,
+	// without a word about it. It never goes further than Credit, as Linux.
+	Window uint32
 	// RxBuffers is the number of packets that the driver has room for. 0: all
 	// that fit into the queue. Negative: none, until AddRxBuffers.
 	RxBuffers int
@@ -98,6 +101,9 @@ func New(conn *net.UnixConn, cfg Config) (*Guest, error) {
 func NewStopped(conn *net.UnixConn, cfg Config) (*Guest, error) {
 	if cfg.Credit == 0 {
 		cfg.Credit = 256 << 10
+	}
+	if cfg.Window == 0 {
+		cfg.Window = cfg.Credit
 	}
 	if cfg.RxBuffers == 0 {
 		cfg.RxBuffers = queueSize

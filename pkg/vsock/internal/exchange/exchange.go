@@ -17,6 +17,12 @@ const (
 	PortClose = 2001
 	// PortUpper reads a stream to its end and answers in capitals.
 	PortUpper = 2002
+	// PortSmall sends a byte and then serves requests with the smallest
+	// buffer that the guest's kernel allows.
+	PortSmall = 2003
+	// PortHold serves requests once there is a connection to PortRelease.
+	PortHold    = 2004
+	PortRelease = 2005
 )
 
 // PortArg is the kernel argument that names the host's port.

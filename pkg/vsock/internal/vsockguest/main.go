@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -32,14 +33,24 @@ func run() error {
 			return fmt.Errorf("mount %s: %w", dir, err)
 		}
 	}
+	if err := loadModules(); err != nil {
+		return err
+	}
 	port, err := hostPort()
 	if err != nil {
 		return err
 	}
+	released := make(chan struct{})
 	for p, handle := range map[uint32]func(*vsock.Conn){
 		exchange.Port:      serve,
 		exchange.PortClose: func(*vsock.Conn) {},
 		exchange.PortUpper: upper,
+		exchange.PortSmall: small,
+		exchange.PortHold: func(c *vsock.Conn) {
+			<-released
+			serve(c)
+		},
+		exchange.PortRelease: func(*vsock.Conn) { released <- struct{}{} },
 	} {
 		l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, p, nil)
 		if err != nil {
@@ -54,6 +65,31 @@ func run() error {
 		return err
 	}
 	return exchange.Serve(c, make([]byte, 64<<10))
+}
+
+// loadModules loads what the initramfs of the guest files lists, if anything.
+func loadModules() error {
+	list, err := os.ReadFile("/lib/vmrt/modules")
+	if os.IsNotExist(err) {
+		return nil
+	}
+	for _, path := range strings.Fields(string(list)) {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		// The kernel unpacks those that are compressed.
+		flags := 0
+		if !strings.HasSuffix(path, ".ko") {
+			flags = unix.MODULE_INIT_COMPRESSED_FILE
+		}
+		err = unix.FinitModule(int(f.Fd()), "", flags)
+		f.Close()
+		if err != nil && err != unix.EEXIST {
+			return fmt.Errorf("load %s: %w", path, err)
+		}
+	}
+	return err
 }
 
 // hostPort returns the number that the kernel's command line names.
@@ -89,6 +125,26 @@ func serve(c *vsock.Conn) {
 	if err := exchange.Serve(c, make([]byte, 256<<10)); err != nil {
 		fmt.Println("vsockguest:", err)
 	}
+}
+
+// small is serve with a small buffer.
+func small(c *vsock.Conn) {
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = errors.Join(raw.Control(func(fd uintptr) {
+			// Linux's own least size, VSOCK_DEFAULT_BUFFER_MIN_SIZE.
+			err = unix.SetsockoptUint64(int(fd), unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_SIZE, 128)
+		}), err)
+	}
+	if err == nil {
+		// What was sent before would be too much now.
+		_, err = c.Write([]byte{1})
+	}
+	if err != nil {
+		fmt.Println("vsockguest: set buffer size:", err)
+		return
+	}
+	serve(c)
 }
 
 // upper reads to the end of the stream before it answers in capitals.
