@@ -27,8 +27,14 @@ import (
 	"github.com/vmrt/vmrt/pkg/vsock"
 )
 
-// builtDir is where make puts the guest files.
-const builtDir = "../bin/guest"
+// builtDir is where make puts the guest files; VMRT_TEST_GUEST names another
+// folder with the same in it.
+func builtDir() string {
+	if dir := os.Getenv("VMRT_TEST_GUEST"); dir != "" {
+		return dir
+	}
+	return "../bin/guest"
+}
 
 // bootLimit bounds a boot on a machine that is busy with other tests.
 const bootLimit = 3 * time.Minute
@@ -132,7 +138,7 @@ type machine struct {
 
 func newMachine(t testing.TB, kind string) *machine {
 	t.Helper()
-	m := &machine{dir: filepath.Join(builtDir, kind)}
+	m := &machine{dir: filepath.Join(builtDir(), kind)}
 	if _, err := os.Stat(filepath.Join(m.dir, guest.ManifestFile)); err != nil {
 		skip(t, "no %s guest files: %v; make kernel initramfs", kind, err)
 	}

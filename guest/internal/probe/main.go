@@ -1,3 +1,5 @@
+//go:build linux
+
 // Probe is the init of a virtual machine under test: it finds out what the
 // guest's kernel can do, sends that to the host over vsock as JSON, and resets
 // the machine.
