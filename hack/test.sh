@@ -11,6 +11,8 @@ MODULE=github.com/vmrt/vmrt
 # Packages whose tests start virtual machines or a containerd. They run one
 # after the other: they measure time, and each can keep the machine busy.
 VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/...)
+# The tests among them that do so, by their names; test-unit is without.
+VM_TESTS='^(Test|Benchmark)(VM|KVM|Boot|Integration|Pause)'
 # The tests that also run in the nested machine, and which packages have them.
 KVM_PACKAGES=(./pkg/... ./tests/...)
 KVM_RUN=${KVM_RUN:-^TestKVM}
@@ -58,7 +60,7 @@ all)
 	prepare
 	{ go_test $(others); go_test -p 1 "${VM[@]}"; } | summary
 	;;
-unit) go_test $(go list ./... | grep -v -e "^$MODULE/guest" -e "^$MODULE/tests") | summary ;;
+unit) go_test -short -skip "$VM_TESTS" $(go list ./... | grep -v "^$MODULE/tests") | summary ;;
 vm)
 	prepare
 	go_test -p 1 "${VM[@]}" | summary

@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
@@ -44,6 +45,10 @@ const (
 	gcPercent   = 50
 	memoryLimit = 64 << 20 // bytes; a target, not a bound
 )
+
+// processors is what Go code runs on at once. With one, every system call that
+// takes a while has the runtime start another thread; more are of no use.
+const processors = 2
 
 // fifos is where the FIFOs of stdio are.
 const fifos = api.GuestRun + "/io"
@@ -79,6 +84,7 @@ func Run(version string) error {
 	if err := boot.SetEnvironment(); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
+	runtime.GOMAXPROCS(processors)
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 	setLogLevel(cmdline.Debug)

@@ -63,7 +63,7 @@ func awaitPhases(t testing.TB, v *virtual) string {
 // BenchmarkStreams compares stdio through the agent with bare vsock
 // connections of the same machine.
 func BenchmarkStreams(b *testing.B) {
-	v := bootVM(b, vmSpec{kind: guest.Tuned, cmdline: strings.Fields(os.Getenv("XCMD")), programs: map[string]string{"blast": buildBlast(b)}})
+	v := bootVM(b, vmSpec{kind: guest.Tuned, programs: map[string]string{"blast": buildBlast(b)}})
 	ctr := connect(b, v).running(b)
 	for _, bm := range []struct {
 		name string

@@ -406,7 +406,7 @@ func (m *machine) testSmallBuffer(t *testing.T) {
 	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	echo(t, c, 4, 20_000)
+	echo(t, c, 4, 200_000)
 }
 
 // Many small writes that the guest does not read for a while.

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 )
 
 // output carries one of stdout and stderr: process → pipe → connection. The
@@ -138,45 +137,13 @@ func (o *output) deliver() error {
 	if err != nil {
 		return err
 	}
-	dst, err := o.conn.SyscallConn()
-	if err != nil {
-		return err
-	}
 	for {
-		var n int64
-		var rerr error
-		full := false
-		err := src.rc.Read(func(in uintptr) bool {
-			werr := dst.Control(func(out uintptr) {
-				n, rerr = unix.Splice(int(in), nil, int(out), nil, 1<<20, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-			})
-			if werr != nil {
-				rerr = werr
-				return true
-			}
-			if rerr == unix.EAGAIN {
-				k, _ := unix.IoctlGetInt(int(in), unix.TIOCINQ)
-				if k > 0 {
-					full = true
-					return true
-				}
-				return false
-			}
-			return true
-		})
+		buf, n, err := src.next()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return o.sweep(src)
 		}
-		if err != nil {
-			return err
-		}
-		if full {
-			first := true
-			dst.Write(func(uintptr) bool { r := !first; first = false; return r })
-			continue
-		}
-		if rerr != nil || n == 0 {
-			return rerr
+		if err := o.send(buf, n, err); err != nil {
+			return ignoreEOF(err)
 		}
 	}
 }

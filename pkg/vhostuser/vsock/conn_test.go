@@ -252,6 +252,8 @@ func TestGuestWindow(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			p := newPair(t, tc.cfg, tc.gcfg)
 			host, guest := p.dialGuest(t)
+			// With a wait for each of the small windows it is too short.
+			host.SetDeadline(time.Now().Add(5 * time.Second))
 			want := random(7, tc.size)
 			go func() {
 				guest.Write(want)
@@ -299,6 +301,10 @@ func TestFairness(t *testing.T) {
 			}
 		}
 	}()
+	// It is under way before the other one starts.
+	if _, err := io.ReadFull(bulkGuest, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 	drained := make(chan int64, 1)
 	go func() {
 		n, _ := io.Copy(io.Discard, bulkGuest)

@@ -47,7 +47,8 @@ type Config struct {
 	// 0: 1024.
 	MaxConns int
 	// Buffer is the number of bytes that the guest may send on a connection
-	// ahead of its reader. 0: 256 KiB.
+	// ahead of its reader. 0: 256 KiB, of which Linux uses no more unless a
+	// program asks for it.
 	Buffer int
 	// Memory bounds the sum of all connections' buffers: as it runs out, new
 	// connections get smaller ones, but not below 16 KiB. 0: 32 MiB.

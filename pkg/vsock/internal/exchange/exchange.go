@@ -17,8 +17,7 @@ const (
 	PortClose = 2001
 	// PortUpper reads a stream to its end and answers in capitals.
 	PortUpper = 2002
-	// PortSmall sends a byte and then serves requests with the smallest
-	// buffer that the guest's kernel allows.
+	// PortSmall sends a byte and then serves requests with a small buffer.
 	PortSmall = 2003
 	// PortHold serves requests once there is a connection to PortRelease.
 	PortHold    = 2004

@@ -132,8 +132,8 @@ func small(c *vsock.Conn) {
 	raw, err := c.SyscallConn()
 	if err == nil {
 		err = errors.Join(raw.Control(func(fd uintptr) {
-			// Linux's own least size, VSOCK_DEFAULT_BUFFER_MIN_SIZE.
-			err = unix.SetsockoptUint64(int(fd), unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_SIZE, 128)
+			// Linux counts some hundred bytes for the head of a packet.
+			err = unix.SetsockoptUint64(int(fd), unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_SIZE, 8<<10)
 		}), err)
 	}
 	if err == nil {
