@@ -149,26 +149,44 @@ func (s *service) guestExit(e *eventstypes.TaskExit) {
 		}
 	}
 	at := exitTime(e.ExitedAt, time.Now())
-	p.flushLogger()
+	if !p.hasLogger() {
+		s.exited(c, p, e.ExitStatus, at)
+		return
+	}
+	// The exit of init is a container's last event, so that none can overtake
+	// it; that of an exec waits here, and not for long.
+	if p == c.init {
+		go func() {
+			p.flushLogger(drainTimeout)
+			s.exited(c, p, e.ExitStatus, at)
+		}()
+		return
+	}
+	p.flushLogger(execLoggerGrace)
 	s.exited(c, p, e.ExitStatus, at)
 }
 
-// loggerGrace is how long the report of an exit waits for output that is on its
-// way to a logging binary.
-const loggerGrace = 200 * time.Millisecond
+// execLoggerGrace is how long the report of an exec's exit waits for output
+// that is on its way to a logging binary. A child that the exec leaves behind
+// can hold its output for ever; init leaves none.
+const execLoggerGrace = 200 * time.Millisecond
+
+// hasLogger reports whether a logging binary takes the process's output.
+func (p *process) hasLogger() bool { return strings.HasPrefix(p.stdio.Stdout, "binary") }
 
 // flushLogger lets a logging binary have what the process wrote before its exit
 // is reported: nerdctl's stops to read when Wait returns. A client's FIFO needs
-// no such thing, as clients read to the end. Only a child that holds the
-// output open makes it take all of loggerGrace.
-func (p *process) flushLogger() {
+// no such thing, as clients read to the end.
+func (p *process) flushLogger(limit time.Duration) {
 	io := p.getIO()
-	if io == nil || !strings.HasPrefix(p.stdio.Stdout, "binary") {
+	if io == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), loggerGrace)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	_ = io.Drain(ctx)
+	if err := io.Drain(ctx); err != nil {
+		log.L.WithError(err).WithField("container", p.stdio.ID).Debug("exit reported before all output was logged")
+	}
 }
 
 // exited records and announces the end of a process, once.

@@ -65,7 +65,7 @@ func TestBindMounts(t *testing.T) {
 	write(t, filepath.Join(host, "rw/late"), "late\n", 0o644)
 	s.wantShell("late", "cat /rw/late", "late\n")
 	write(t, filepath.Join(host, "rw/seen"), "changed on the host\n", 0o644)
-	s.wantShell("changed", "i=0; until grep -q changed /rw/seen || [ $i = 50 ]; do sleep 0.1; i=$((i+1)); done; cat /rw/seen", "changed on the host\n")
+	s.wantShell("changed", "i=0; until grep -q 'on the host' /rw/seen || [ $i = 50 ]; do sleep 0.1; i=$((i+1)); done; cat /rw/seen", "changed on the host\n")
 }
 
 // rro holds for what is mounted below the source, too. So does ro, other than
