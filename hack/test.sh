@@ -26,11 +26,11 @@ go_test() { go test -json -timeout 30m ${TEST_FLAGS:-} "$@" || true; }
 
 summary() { go run ./hack/testsum ${VMRT_TEST_EVENTS:+-o "$VMRT_TEST_EVENTS"}; }
 
-# prepare installs and builds what the tests run.
+# prepare TOOL...: installs and builds what the tests run.
 prepare() {
 	hack/deps.sh test
 	make --no-print-directory build
-	go run ./hack/buildtool containerd containerd-2.3 runc nerdctl cni >/dev/null
+	go run ./hack/buildtool "$@" >/dev/null
 }
 
 # kvm runs test programs, compiled here, in the nested machine.
@@ -57,20 +57,20 @@ kvm() {
 
 case ${1:-} in
 all)
-	prepare
+	prepare containerd containerd-2.3 runc nerdctl cni
 	{ go_test $(others); go_test -p 1 "${VM[@]}"; } | summary
 	;;
 unit) go_test -short -skip "$VM_TESTS" $(go list ./... | grep -v "^$MODULE/tests") | summary ;;
 vm)
-	prepare
+	prepare containerd containerd-2.3 runc nerdctl cni
 	go_test -p 1 "${VM[@]}" | summary
 	;;
 kvm)
-	prepare
+	prepare containerd
 	kvm | summary
 	;;
 bench)
-	prepare
+	prepare containerd containerd-2.3 runc nerdctl cni
 	go test -p 1 -run '^$' -bench "${BENCH:-.}" -timeout 60m ${TEST_FLAGS:-} ./...
 	;;
 *)

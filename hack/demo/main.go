@@ -49,9 +49,9 @@ func run(ctx context.Context, runtime string) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg := env.Config{BinDirs: []string{filepath.Join(root, "bin")}, Progress: os.Stderr}
+	cfg := env.Config{Containerd: "lean", BinDirs: []string{filepath.Join(root, "bin")}, Progress: os.Stderr}
 	if strings.Contains(runtime, ".runc.") {
-		cfg.Tools = []string{"runc"}
+		cfg.Containerd, cfg.Tools = "2.4", []string{"runc"}
 	}
 	e, err := env.Start(ctx, cfg)
 	if err != nil {

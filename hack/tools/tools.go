@@ -30,8 +30,10 @@ import (
 
 // Tool is one pinned module and how its programs are built.
 type Tool struct {
-	// Name is the module's folder beside this package.
+	// Name is what Build is asked for.
 	Name string
+	// Module is the module's folder beside this package; Name when empty.
+	Module string
 	// Doc says in one line what is built.
 	Doc string
 	// CGO says that a C compiler and the C libraries are needed.
@@ -40,6 +42,8 @@ type Tool struct {
 	Tags []string
 	// LDFlags are linker flags beside -s -w.
 	LDFlags string
+	// Packages are what is built; the module's tools when empty.
+	Packages []string
 }
 
 // lean leaves out the snapshotters and exporters that nothing here uses.
@@ -60,6 +64,12 @@ var All = []Tool{
 		LDFlags: "-X github.com/containerd/containerd/v2/version.Version=v2.3.7",
 	},
 	{
+		Name: "containerd-lean", Doc: "containerd without CRI and ctr v2.4.2", Module: "containerd",
+		Tags:     append([]string{"no_cri"}, lean...),
+		LDFlags:  "-X github.com/containerd/containerd/v2/version.Version=v2.4.2",
+		Packages: []string{"github.com/containerd/containerd/v2/cmd/containerd", "github.com/containerd/containerd/v2/cmd/ctr"},
+	},
+	{
 		Name: "critools", Doc: "crictl v1.36.0",
 		LDFlags: "-X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0",
 	},
@@ -73,6 +83,15 @@ var All = []Tool{
 	},
 }
 
+// source returns the tool's module below the top of the source tree.
+func (t Tool) source(root string) string {
+	module := t.Module
+	if module == "" {
+		module = t.Name
+	}
+	return filepath.Join(root, "hack", "tools", module)
+}
+
 // Lookup returns the tool of that name.
 func Lookup(name string) (Tool, error) {
 	i := slices.IndexFunc(All, func(t Tool) bool { return t.Name == name })
@@ -82,12 +101,9 @@ func Lookup(name string) (Tool, error) {
 	return All[i], nil
 }
 
-// CacheDir returns the folder that keeps what can be made again:
-// $VMRT_CACHE, or vmrt in the user's cache folder.
+// CacheDir returns the folder that keeps what can be made again: vmrt in the
+// user's cache folder, which is $XDG_CACHE_HOME or ~/.cache.
 func CacheDir() (string, error) {
-	if dir := os.Getenv("VMRT_CACHE"); dir != "" {
-		return dir, nil
-	}
 	dir, err := os.UserCacheDir()
 	if err != nil {
 		return "", fmt.Errorf("find the user's cache folder: %w", err)
@@ -130,7 +146,7 @@ func Build(ctx context.Context, name string, progress io.Writer) (string, error)
 	if err != nil {
 		return "", err
 	}
-	src := filepath.Join(root, "hack", "tools", name)
+	src := t.source(root)
 	key, err := t.key(src)
 	if err != nil {
 		return "", fmt.Errorf("build %s: %w", name, err)
@@ -166,8 +182,15 @@ func (t Tool) build(ctx context.Context, src, dir string, progress io.Writer) er
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-mod=readonly", "-trimpath", "-buildvcs=false",
-		"-tags="+strings.Join(t.Tags, ","), "-ldflags=-s -w "+t.LDFlags, "-o", tmp+"/", "tool")
+	packages := t.Packages
+	if len(packages) == 0 {
+		packages = []string{"tool"}
+	}
+	args := append([]string{
+		"build", "-mod=readonly", "-trimpath", "-buildvcs=false",
+		"-tags=" + strings.Join(t.Tags, ","), "-ldflags=-s -w " + t.LDFlags, "-o", tmp + "/",
+	}, packages...)
+	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = src
 	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "CGO_ENABLED="+map[bool]string{true: "1", false: "0"}[t.CGO])
 	stop := report(progress, "building "+t.Doc)

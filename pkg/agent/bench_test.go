@@ -4,13 +4,13 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/vsock"
@@ -23,7 +23,7 @@ func BenchmarkBoot(b *testing.B) {
 		b.Run(kind, func(b *testing.B) {
 			var ready, own []time.Duration
 			for b.Loop() {
-				v := bootVM(b, vmSpec{kind: kind, cmdline: []string{"vmrt.debug"}})
+				v := bootVM(b, vmSpec{kind: kind, cmdline: []string{"vmrt.debug"}, asBuilt: true})
 				ready = append(ready, v.ready)
 				phases := awaitPhases(b, v)
 				b.Log(v.ready, phases, strings.ReplaceAll(v.console.text(), "\n", " "))
@@ -183,11 +183,9 @@ func (tr *transfer) sendStdin() {
 
 func buildBlast(b *testing.B) string {
 	b.Helper()
-	program := filepath.Join(b.TempDir(), "blast")
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", program, "./testdata/blast")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		b.Fatalf("build testdata/blast: %v\n%s", err, out)
+	program, err := build("blast", "./testdata/blast")
+	if err != nil {
+		b.Fatal(err)
 	}
 	return program
 }
@@ -209,4 +207,31 @@ func cpuTime(t testing.TB, pid int) time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// BenchmarkFootprint reports what the agent itself costs a machine: after a
+// container has started, and after many execs. Its program is in memory in any
+// case, as a file of the initramfs; the anonymous part comes on top.
+func BenchmarkFootprint(b *testing.B) {
+	v := bootVM(b, vmSpec{kind: guest.Tuned})
+	ctr := connect(b, v).running(b, func(s *specs.Spec) { s.Linux.Namespaces = s.Linux.Namespaces[1:] })
+	for b.Loop() {
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(agentKiB(b, ctr, "Rss"), "KiB-rss")
+	b.ReportMetric(agentKiB(b, ctr, "Anonymous"), "KiB-anonymous")
+	for range 20 {
+		ctr.output("true")
+	}
+	b.ReportMetric(agentKiB(b, ctr, "Anonymous"), "KiB-anonymous-after-20-execs")
+}
+
+// agentKiB returns one line of the agent's memory map.
+func agentKiB(t testing.TB, ctr *container, field string) (kib float64) {
+	t.Helper()
+	out, _ := ctr.output("grep", "^"+field+":", "/proc/1/smaps_rollup")
+	if _, err := fmt.Sscanf(out, field+": %f kB", &kib); err != nil {
+		t.Fatalf("%s in smaps_rollup = %q: %v", field, out, err)
+	}
+	return kib
 }

@@ -96,8 +96,9 @@ func (c *client) stream(t testing.TB) (string, halfCloser) {
 // container is one container of a test.
 type container struct {
 	*client
-	t  testing.TB
-	id string
+	t    testing.TB
+	id   string
+	gone bool
 }
 
 // prepare makes the bundle of a container that runs args; with edits.
@@ -128,6 +129,9 @@ func (c *client) prepare(t testing.TB, args []string, edits ...func(*specs.Spec)
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if ctr.gone {
+			return
+		}
 		if _, err := c.agent.Unmount(context.Background(), &api.UnmountRequest{Targets: []string{ctr.rootfs(), work}}); err != nil {
 			t.Errorf("unmount the rootfs of %s: %v", ctr.id, err)
 		}
@@ -137,7 +141,13 @@ func (c *client) prepare(t testing.TB, args []string, edits ...func(*specs.Spec)
 
 func (c *container) rootfs() string { return api.BundlePath(c.id) + "/rootfs" }
 
+// forget is for a test that ends the machine: nothing is left to remove.
+func (c *container) forget() { c.gone = true }
+
 func (c *container) remove() {
+	if c.gone {
+		return
+	}
 	if _, err := c.agent.RemoveBundle(context.Background(), &api.RemoveBundleRequest{Id: c.id}); err != nil {
 		c.t.Errorf("RemoveBundle(%s) = %v", c.id, err)
 	}
@@ -285,6 +295,28 @@ func (c *client) running(t testing.TB, edits ...func(*specs.Spec)) *container {
 	ctr.mustCreate(stdio{})
 	ctr.start("")
 	return ctr
+}
+
+// events subscribes to the guest's events. They are received at once: ttrpc
+// drops what a client leaves for longer than a second.
+func (c *client) events(t testing.TB) <-chan *api.Event {
+	t.Helper()
+	stream, err := c.agent.Events(testContext(t), &api.Empty{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	events := make(chan *api.Event, 1<<16)
+	go func() {
+		defer close(events)
+		for {
+			e, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			events <- e
+		}
+	}()
+	return events
 }
 
 // needRoot skips a test that cannot run otherwise.

@@ -23,12 +23,25 @@ import (
 // in the folder named.
 const envFolder = "VMRT_TEST_NAMESPACE"
 
+// buildDir is for what tests build.
+var buildDir string
+
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(envFolder); dir != "" {
 		fmt.Fprintln(os.Stderr, "namespace:", beMachine(dir))
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "vmrt-agent-test"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(buildDir)
+	return m.Run()
 }
 
 // namespace is an agent in namespaces of this machine. It needs root and an
@@ -100,7 +113,7 @@ func findProgram(t *testing.T, name string) string {
 }
 
 // applets are what the containers of the suite run.
-var applets = []string{"sh", "sleep", "echo", "cat", "true", "head", "tr", "wc", "ls", "tty", "stty", "hostname", "mkfifo", "grep"}
+var applets = []string{"sh", "sleep", "echo", "cat", "true", "head", "tr", "wc", "ls", "tty", "stty", "hostname", "mkfifo", "grep", "nproc", "dd", "kill"}
 
 // makeRoot fills dir with what goes over this machine's own root.
 func makeRoot(dir, runtime, busybox string) error {

@@ -56,6 +56,14 @@ func suite(t *testing.T, m machine) {
 	}
 }
 
+// smoke is the part of the suite that a kernel could make fail.
+func smoke(t *testing.T, m machine) {
+	t.Run("Lifecycle", func(t *testing.T) { testLifecycle(t, connect(t, m)) })
+	t.Run("Terminal", func(t *testing.T) { testTerminal(t, connect(t, m)) })
+	t.Run("PauseResume", func(t *testing.T) { testPauseResume(t, connect(t, m)) })
+	t.Run("Stats", func(t *testing.T) { testStats(t, connect(t, m)) })
+}
+
 func testLifecycle(t *testing.T, c *client) {
 	url, out := c.stream(t)
 	ctr := c.prepare(t, []string{"sh", "-c", "echo hello from $(hostname); exit 7"})
@@ -93,22 +101,7 @@ func testLifecycle(t *testing.T, c *client) {
 func isKind(err error, is func(error) bool) bool { return err != nil && is(errgrpc.ToNative(err)) }
 
 func testEvents(t *testing.T, c *client) {
-	stream, err := c.agent.Events(testContext(t), &api.Empty{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// ttrpc drops what is not received soon.
-	events := make(chan *api.Event, 1<<16)
-	go func() {
-		defer close(events)
-		for {
-			e, err := stream.Recv()
-			if err != nil {
-				return
-			}
-			events <- e
-		}
-	}()
+	events := c.events(t)
 	ctr := c.running(t)
 	id := ctr.exec(stdio{}, []string{"sh", "-c", "exit 3"})
 	ctr.start(id)
@@ -244,76 +237,6 @@ func testExec(t *testing.T, c *client) {
 		t.Errorf("status = %d; want 0", got)
 	}
 	ctr.delete(id)
-}
-
-func testExecErrors(t *testing.T, c *client) {
-	ctr := c.running(t)
-	for _, tt := range []struct {
-		name string
-		args []string
-		edit func(*specs.Process)
-		want string
-	}{
-		{"missing program", []string{"no-such-program"}, nil, "executable file not found in $PATH"},
-		{"missing path", []string{"/no/such/program"}, nil, "no such file or directory"},
-		{"not executable", []string{"/etc/passwd"}, nil, "permission denied"},
-		{"folder", []string{"/etc"}, nil, "permission denied"},
-		{"bad cwd", []string{"true"}, func(p *specs.Process) { p.Cwd = "/no/such/cwd" }, "no such file or directory"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			url, out := c.stream(t)
-			edit := tt.edit
-			if edit == nil {
-				edit = func(*specs.Process) {}
-			}
-			id := ctr.exec(stdio{out: url}, tt.args, edit)
-			ctx := testContext(t)
-			_, err := c.task.Start(ctx, &taskapi.StartRequest{ID: ctr.id, ExecID: id})
-			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Start(%v) = %v; want %q", tt.args, err, tt.want)
-			}
-			if b, err := io.ReadAll(out); len(b) > 0 || err != nil {
-				t.Errorf("stdout = %q, %v; want its end", b, err)
-			}
-			if _, err := c.task.Start(ctx, &taskapi.StartRequest{ID: ctr.id, ExecID: id}); !isKind(err, errdefs.IsFailedPrecondition) {
-				t.Errorf("second Start = %v; want a failed precondition", err)
-			}
-			if _, err := c.task.Delete(ctx, &taskapi.DeleteRequest{ID: ctr.id, ExecID: id}); err != nil {
-				t.Errorf("Delete = %v", err)
-			}
-		})
-	}
-	if out, status := ctr.output("echo", "alive"); out != "alive\n" || status != 0 {
-		t.Errorf("exec after errors = %q, status %d; want a live container", out, status)
-	}
-}
-
-func testCreateErrors(t *testing.T, c *client) {
-	for _, tt := range []struct {
-		name string
-		edit func(*specs.Spec)
-		want string
-	}{
-		{"missing program", func(s *specs.Spec) { s.Process.Args = []string{"no-such-program"} }, "executable file not found in $PATH"},
-		{"not executable", func(s *specs.Spec) { s.Process.Args = []string{"/etc/passwd"} }, "permission denied"},
-		{"bad mount", func(s *specs.Spec) {
-			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/x", Type: "bind", Source: "/no/such/source", Options: []string{"bind"}})
-		}, "no such file or directory"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			url, out := c.stream(t)
-			ctr := c.prepare(t, []string{"true"}, tt.edit)
-			err := ctr.create(stdio{out: url})
-			if err == nil { // some runtimes find out at start only
-				_, err = c.task.Start(testContext(t), &taskapi.StartRequest{ID: ctr.id})
-			} else if b, err := io.ReadAll(out); len(b) > 0 || err != nil {
-				t.Errorf("stdout = %q, %v; want its end", b, err)
-			}
-			if err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Create() and Start() = %v; want %q", err, tt.want)
-			}
-		})
-	}
 }
 
 func testParallelExecs(t *testing.T, c *client) {

@@ -85,6 +85,9 @@ type vmSpec struct {
 	welcome *api.Welcome // nil: the usual one
 	// programs are more files for the containers' /bin, by name.
 	programs map[string]string
+	// asBuilt boots the guest files as they are: with the agent in them, and
+	// without files for containers.
+	asBuilt bool
 }
 
 // bootVM boots a machine and greets it.
@@ -108,12 +111,17 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	t.Cleanup(func() { v.transport.Close() })
 	spec := hypervisor.Spec{
 		Name: "vmrt-agent-test", Accelerator: verdict.Accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
-		Kernel: filepath.Join(dir, guest.KernelFile), Initrd: withRootfs(t, filepath.Join(dir, guest.InitramfsFile), s.programs),
+		Kernel:  filepath.Join(dir, guest.KernelFile),
 		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, v.transport.HostPort())}, s.cmdline...),
 		Vsock:   v.transport.Device(),
 	}
-	begin := time.Now()
-	v.vm, err = qemu.Launch(ctx, qemu.Config{Binary: binary, Start: lockedStart(t), Console: v.console.line, CacheDir: t.TempDir()}, spec)
+	if s.asBuilt {
+		spec.Initrd = filepath.Join(dir, guest.InitramfsFile)
+	} else {
+		spec.Initrd = extend(t, filepath.Join(dir, guest.InitramfsFile), s.programs)
+	}
+	var begin time.Time
+	v.vm, err = qemu.Launch(ctx, qemu.Config{Binary: binary, Start: lockedStart(t, &begin), Console: v.console.line, CacheDir: t.TempDir()}, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,8 +149,8 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 }
 
 // lockedStart starts a command from a thread that lives as long as the test:
-// QEMU ends with the thread that has forked it.
-func lockedStart(t testing.TB) hypervisor.StartFunc {
+// QEMU ends with the thread that has forked it. It notes the time in begin.
+func lockedStart(t testing.TB, begin *time.Time) hypervisor.StartFunc {
 	commands, results := make(chan *exec.Cmd), make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -152,17 +160,39 @@ func lockedStart(t testing.TB) hypervisor.StartFunc {
 	}()
 	t.Cleanup(func() { close(commands) })
 	return func(cmd *exec.Cmd) error {
+		*begin = time.Now()
 		commands <- cmd
 		return <-results
 	}
 }
 
-// withRootfs returns an initrd with the containers' files behind that of path.
-func withRootfs(t testing.TB, path string, programs map[string]string) string {
+// buildAgent builds the agent of this tree, once.
+var buildAgent = sync.OnceValues(func() (string, error) {
+	return build("vm-agent", "../../cmd/vm-agent")
+})
+
+// build builds a static program into the folder of the test run.
+func build(name, pkg string) (string, error) {
+	program := filepath.Join(buildDir, name)
+	cmd := exec.Command("go", "build", "-tags=no_grpc", "-trimpath", "-ldflags=-s -w", "-o", program, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	}
+	return program, nil
+}
+
+// extend returns an initrd with the agent of this tree and the containers'
+// files behind what is in path: of two files the kernel keeps the later.
+func extend(t testing.TB, path string, programs map[string]string) string {
 	t.Helper()
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
 		t.Skipf("needs a static busybox: %v", err)
+	}
+	agent, err := buildAgent()
+	if err != nil {
+		t.Fatal(err)
 	}
 	initrd, err := os.ReadFile(path)
 	if err != nil {
@@ -173,9 +203,9 @@ func withRootfs(t testing.TB, path string, programs map[string]string) string {
 		err = errors.Join(err, a.Dir("rootfs/"+dir, 0o755))
 	}
 	for name, file := range programs {
-		err = errors.Join(err, addProgram(&a, name, file))
+		err = errors.Join(err, addProgram(&a, "rootfs/bin/"+name, file))
 	}
-	err = errors.Join(err, addProgram(&a, "busybox", busybox))
+	err = errors.Join(err, addProgram(&a, "rootfs/bin/busybox", busybox), addProgram(&a, "init", agent))
 	err = errors.Join(err, a.File("rootfs/etc/passwd", 0o644, []byte("root:x:0:0::/:/bin/sh\n")))
 	for _, name := range applets {
 		err = errors.Join(err, a.Symlink("rootfs/bin/"+name, "busybox"))
@@ -199,16 +229,21 @@ func addProgram(a *initramfs.Archive, name, file string) error {
 	if err != nil {
 		return err
 	}
-	return a.File("rootfs/bin/"+name, 0o755, b)
+	return a.File(name, 0o755, b)
 }
 
 // TestVM runs the suite in a virtual machine.
 func TestVM(t *testing.T) {
 	for _, kind := range []string{guest.Tuned, guest.Stock} {
 		t.Run(kind, func(t *testing.T) {
-			v := bootVM(t, vmSpec{kind: kind})
+			v := bootVM(t, vmSpec{kind: kind, cpus: 2, cmdline: []string{"maxcpus=1"}})
 			t.Logf("kernel %s, agent %s ready after %v", v.hello.Kernel, v.hello.Version, v.ready)
-			suite(t, v)
+			if kind == guest.Tuned {
+				suite(t, v)
+			} else {
+				smoke(t, v)
+			}
+			verbs(t, v)
 		})
 	}
 }

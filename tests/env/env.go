@@ -37,6 +37,8 @@ import (
 // of the current branch with runc.
 type Config struct {
 	// Containerd is a branch of containerd: "2.4" (the default) or "2.3".
+	// "lean" is the default one without CRI and runc's shim, which is built
+	// in less time.
 	Containerd string
 	// BinDirs stand first in PATH, for containerd and for every command:
 	// the folder of the shim under test belongs here.
@@ -82,7 +84,7 @@ type Env struct {
 }
 
 // containerdTools maps a branch to the tool that provides it.
-var containerdTools = map[string]string{"": "containerd", "2.4": "containerd", "2.3": "containerd-2.3"}
+var containerdTools = map[string]string{"": "containerd", "2.4": "containerd", "2.3": "containerd-2.3", "lean": "containerd-lean"}
 
 // startTimeout bounds the start of containerd on a loaded machine.
 const startTimeout = 60 * time.Second

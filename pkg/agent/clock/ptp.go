@@ -68,7 +68,13 @@ func Follow(ctx context.Context, c *HostClock) error {
 		if err != nil {
 			return err
 		}
-		if err := correct(offset); err != nil {
+		step, slew := correction(offset)
+		if step != 0 {
+			err = Step(step)
+		} else if slew != 0 {
+			err = Slew(slew)
+		}
+		if err != nil {
 			return err
 		}
 		select {
@@ -79,12 +85,13 @@ func Follow(ctx context.Context, c *HostClock) error {
 	}
 }
 
-func correct(offset time.Duration) error {
+// correction returns by how much to step and to slew; at most one is not 0.
+func correction(offset time.Duration) (step, slew time.Duration) {
 	switch size := offset.Abs(); {
 	case size >= followStep:
-		return Step(offset)
+		return offset, 0
 	case size >= followSlew:
-		return Slew(offset)
+		return 0, offset
 	}
-	return nil
+	return 0, 0
 }

@@ -4,6 +4,7 @@ package halt
 
 import (
 	"context"
+	"os"
 	"slices"
 	"time"
 
@@ -37,10 +38,9 @@ func PowerOff(reaped <-chan struct{}) {
 // Now ends the machine at once. The kernel runs with reboot=t, and a reset is
 // what every VMM turns into the end of its process; microvm has no other way.
 func Now() {
-	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
-		log.L.WithError(err).Error("reboot")
-	}
-	select {} // the reset is on its way
+	err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	log.L.WithError(err).Error("reboot")
+	os.Exit(1) // the end of PID 1 makes the kernel panic, and that a reset
 }
 
 // bounded returns when f has, or after d.

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
 )
@@ -43,6 +45,11 @@ func (r *Registry) Serve(l net.Listener) error {
 		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
+		if transient(err) {
+			log.L.WithError(err).Warn("accept stream")
+			time.Sleep(acceptPause)
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("accept stream: %w", err)
 		}
@@ -62,6 +69,19 @@ func (r *Registry) Serve(l net.Listener) error {
 			}
 		}()
 	}
+}
+
+// acceptPause lets a shortage pass.
+const acceptPause = 20 * time.Millisecond
+
+// transient reports whether accept(2) may succeed the next time.
+func transient(err error) bool {
+	for _, errno := range []syscall.Errno{unix.ECONNABORTED, unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 func (r *Registry) reserve() bool {

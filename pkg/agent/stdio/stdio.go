@@ -1,13 +1,17 @@
-// Package stdio joins the stream connections of a host to the FIFOs that
-// containerd's runc task service copies a process's stdio through.
+// Package stdio joins the stream connections of a host to the stdio of
+// processes.
 //
 // A Registry takes in connections, each named by a stream header, and holds
-// them until a request names them. Open makes the FIFOs of one process and
+// them until a request names them. Open makes the pipes of one process and
 // returns a Process, whose methods say how far the process has come:
 //
-//	Started    the task service has opened its FIFO ends; bytes flow
-//	Deleted    the task service is done with them; what is left is delivered
-//	Abort      the process never ran; everything is closed
+//	Files, Handed   a command that makes the process is started with them
+//	Started         the process runs; bytes flow
+//	Drain           the process has ended; its output is awaited
+//	Deleted         nobody is interested in more output
+//	Abort           the process never ran; everything is closed
+//
+// A terminal's bytes pass through the task service, which opens FIFOs for it.
 //
 // Contract: bytes are neither lost nor reordered as long as the host reads.
 // End of input (the host's half-close) reaches the process after the last
@@ -15,7 +19,7 @@
 // does not read delays nothing but its own stream, and Deleted bounds that.
 //
 // Not guaranteed: delivery to a host that stops reading for longer than
-// Limits.Linger after Deleted.
+// Limits.Linger after Deleted, or of what a child of the process writes later.
 //
 // All methods may be called from any goroutine; the ones that end something
 // may be called twice.
@@ -46,7 +50,7 @@ type Limits struct {
 	// Linger is how long, after Deleted, one read or write may make no
 	// progress before the stream is given up.
 	Linger time.Duration
-	// PipeSize is the capacity of each FIFO in bytes. The kernel allocates
+	// PipeSize is the capacity of each pipe in bytes. The kernel allocates
 	// it as it fills.
 	PipeSize int
 }

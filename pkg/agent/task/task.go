@@ -44,7 +44,8 @@ type process struct {
 	stdio    *stdio.Process
 	urls     stdio.URLs
 	terminal bool
-	exited   chan struct{} // closed when the exit was published
+	publish  func()        // notes that the exit was published
+	exited   chan struct{} // closed by publish
 	failed   bool          // an exec whose Start failed; guarded by Service.mu
 }
 
@@ -66,7 +67,7 @@ func New(inner taskapi.TTRPCTaskService, streams *stdio.Registry, fifos string) 
 	return &Service{inner: inner, streams: streams, fifos: fifos, processes: make(map[key]*process)}
 }
 
-// Exited must be called once when the exit of a process was published. process
+// Exited must be called when the exit of a process was published. process
 // is the exec id, or the container's id for its init.
 func (s *Service) Exited(container, process string) {
 	k := key{container, process}
@@ -79,7 +80,7 @@ func (s *Service) Exited(container, process string) {
 	if p == nil {
 		return
 	}
-	close(p.exited)
+	p.publish()
 	if p.terminal && p.urls.Stdin != "" {
 		// With a terminal nobody else closes the service's end.
 		go s.closeStdin(k)
@@ -99,6 +100,7 @@ func (s *Service) closeStdin(k key) {
 // again, by drop or by Delete.
 func (s *Service) add(k key, urls stdio.URLs, terminal bool) (*process, error) {
 	p := &process{urls: urls, terminal: terminal, exited: make(chan struct{})}
+	p.publish = sync.OnceFunc(func() { close(p.exited) })
 	s.mu.Lock()
 	_, exists := s.processes[k]
 	if !exists {
