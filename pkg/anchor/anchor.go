@@ -39,6 +39,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/pkg/podns"
+	"github.com/vmrt/vmrt/pkg/tinyelf"
 )
 
 // maxArgs bounds the command line that an anchor shows, in bytes.
@@ -148,19 +149,11 @@ func executable() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	fd, err := unix.MemfdCreate(comm, unix.MFD_CLOEXEC|unix.MFD_EXEC)
-	if errors.Is(err, unix.EINVAL) { // MFD_EXEC: Linux 6.3
-		fd, err = unix.MemfdCreate(comm, unix.MFD_CLOEXEC)
-	}
+	fd, err := tinyelf.Memfd(comm, b)
 	if err != nil {
-		return nil, fmt.Errorf("memfd_create: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), comm)
-	if _, err := f.Write(b); err != nil {
-		f.Close()
 		return nil, err
 	}
-	return f, nil
+	return os.NewFile(uintptr(fd), comm), nil
 }
 
 // title returns the command line that ps shows for a container's.
