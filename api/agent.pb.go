@@ -739,6 +739,87 @@ func (x *OnlineCPUsRequest) GetCount() uint32 {
 	return 0
 }
 
+type OpenPodRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// hostname and domainname are the uts namespace's; empty: none.
+	Hostname   string `protobuf:"bytes,1,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Domainname string `protobuf:"bytes,2,opt,name=domainname,proto3" json:"domainname,omitempty"`
+	// sysctls are set in the pod's namespaces, the network's being the virtual
+	// machine's own.
+	Sysctls map[string]string `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// pid asks for a pid namespace with a first process of its own.
+	Pid bool `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
+	// shm_bytes is the size of the pod's /dev/shm; 0: there is none.
+	ShmBytes      uint64 `protobuf:"varint,5,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenPodRequest) Reset() {
+	*x = OpenPodRequest{}
+	mi := &file_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenPodRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenPodRequest) ProtoMessage() {}
+
+func (x *OpenPodRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenPodRequest.ProtoReflect.Descriptor instead.
+func (*OpenPodRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *OpenPodRequest) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *OpenPodRequest) GetDomainname() string {
+	if x != nil {
+		return x.Domainname
+	}
+	return ""
+}
+
+func (x *OpenPodRequest) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *OpenPodRequest) GetPid() bool {
+	if x != nil {
+		return x.Pid
+	}
+	return false
+}
+
+func (x *OpenPodRequest) GetShmBytes() uint64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
+}
+
 // Event is one of containerd's task events with guest pids in it.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -753,7 +834,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +846,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +859,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Event) GetTopic() string {
@@ -853,12 +934,23 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fDevicesResponse\x12/\n" +
 	"\adevices\x18\x01 \x03(\v2\x15.vmrt.agent.v1.DeviceR\adevices\")\n" +
 	"\x11OnlineCPUsRequest\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\rR\x05count\"\x8b\x01\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"\xfd\x01\n" +
+	"\x0eOpenPodRequest\x12\x1a\n" +
+	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x1e\n" +
+	"\n" +
+	"domainname\x18\x02 \x01(\tR\n" +
+	"domainname\x12D\n" +
+	"\asysctls\x18\x03 \x03(\v2*.vmrt.agent.v1.OpenPodRequest.SysctlsEntryR\asysctls\x12\x10\n" +
+	"\x03pid\x18\x04 \x01(\bR\x03pid\x12\x1b\n" +
+	"\tshm_bytes\x18\x05 \x01(\x04R\bshmBytes\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8b\x01\n" +
 	"\x05Event\x12\x14\n" +
 	"\x05topic\x18\x01 \x01(\tR\x05topic\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05event\x12.\n" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
-	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xd0\x04\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xc8\x05\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Clock\x12\x1b.vmrt.agent.v1.ClockRequest\x1a\x1c.vmrt.agent.v1.ClockResponse\x12:\n" +
 	"\x05Mount\x12\x1b.vmrt.agent.v1.MountRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
@@ -867,7 +959,9 @@ const file_agent_proto_rawDesc = "" +
 	"\fRemoveBundle\x12\".vmrt.agent.v1.RemoveBundleRequest\x1a\x14.vmrt.agent.v1.Empty\x12?\n" +
 	"\aDevices\x12\x14.vmrt.agent.v1.Empty\x1a\x1e.vmrt.agent.v1.DevicesResponse\x12D\n" +
 	"\n" +
-	"OnlineCPUs\x12 .vmrt.agent.v1.OnlineCPUsRequest\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
+	"OnlineCPUs\x12 .vmrt.agent.v1.OnlineCPUsRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
+	"\aOpenPod\x12\x1d.vmrt.agent.v1.OpenPodRequest\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
+	"\bClosePod\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
 	"\x06Events\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Event0\x01\x126\n" +
 	"\bShutdown\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.EmptyB\x1eZ\x1cgithub.com/vmrt/vmrt/api;apib\x06proto3"
 
@@ -883,7 +977,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),                 // 0: vmrt.agent.v1.Hello
 	(*Welcome)(nil),               // 1: vmrt.agent.v1.Welcome
@@ -898,41 +992,48 @@ var file_agent_proto_goTypes = []any{
 	(*Device)(nil),                // 10: vmrt.agent.v1.Device
 	(*DevicesResponse)(nil),       // 11: vmrt.agent.v1.DevicesResponse
 	(*OnlineCPUsRequest)(nil),     // 12: vmrt.agent.v1.OnlineCPUsRequest
-	(*Event)(nil),                 // 13: vmrt.agent.v1.Event
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*anypb.Any)(nil),             // 15: google.protobuf.Any
+	(*OpenPodRequest)(nil),        // 13: vmrt.agent.v1.OpenPodRequest
+	(*Event)(nil),                 // 14: vmrt.agent.v1.Event
+	nil,                           // 15: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(*anypb.Any)(nil),             // 17: google.protobuf.Any
 }
 var file_agent_proto_depIdxs = []int32{
-	14, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
-	14, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
-	14, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
+	16, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
+	16, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
+	16, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
 	5,  // 3: vmrt.agent.v1.MountRequest.mounts:type_name -> vmrt.agent.v1.MountSpec
 	10, // 4: vmrt.agent.v1.DevicesResponse.devices:type_name -> vmrt.agent.v1.Device
-	15, // 5: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
-	14, // 6: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 7: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
-	6,  // 8: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
-	7,  // 9: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
-	8,  // 10: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
-	9,  // 11: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
-	2,  // 12: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
-	12, // 13: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
-	2,  // 14: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
-	2,  // 15: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
-	4,  // 16: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
-	2,  // 17: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
-	2,  // 18: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
-	2,  // 19: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
-	2,  // 20: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
-	11, // 21: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
-	2,  // 22: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
-	13, // 23: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
-	2,  // 24: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
-	16, // [16:25] is the sub-list for method output_type
-	7,  // [7:16] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	15, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	17, // 6: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
+	16, // 7: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	3,  // 8: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
+	6,  // 9: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
+	7,  // 10: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
+	8,  // 11: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
+	9,  // 12: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
+	2,  // 13: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
+	12, // 14: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
+	13, // 15: vmrt.agent.v1.Agent.OpenPod:input_type -> vmrt.agent.v1.OpenPodRequest
+	2,  // 16: vmrt.agent.v1.Agent.ClosePod:input_type -> vmrt.agent.v1.Empty
+	2,  // 17: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
+	2,  // 18: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
+	4,  // 19: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
+	2,  // 20: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
+	2,  // 21: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
+	2,  // 22: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
+	2,  // 23: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
+	11, // 24: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
+	2,  // 25: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
+	2,  // 26: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
+	2,  // 27: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
+	14, // 28: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
+	2,  // 29: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
+	19, // [19:30] is the sub-list for method output_type
+	8,  // [8:19] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -946,7 +1047,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -15,6 +15,8 @@ type AgentService interface {
 	RemoveBundle(context.Context, *RemoveBundleRequest) (*Empty, error)
 	Devices(context.Context, *Empty) (*DevicesResponse, error)
 	OnlineCPUs(context.Context, *OnlineCPUsRequest) (*Empty, error)
+	OpenPod(context.Context, *OpenPodRequest) (*Empty, error)
+	ClosePod(context.Context, *Empty) (*Empty, error)
 	Events(context.Context, *Empty, Agent_EventsServer) error
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
@@ -84,6 +86,20 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.OnlineCPUs(ctx, &req)
 			},
+			"OpenPod": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req OpenPodRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.OpenPod(ctx, &req)
+			},
+			"ClosePod": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req Empty
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ClosePod(ctx, &req)
+			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req Empty
 				if err := unmarshal(&req); err != nil {
@@ -116,6 +132,8 @@ type AgentClient interface {
 	RemoveBundle(context.Context, *RemoveBundleRequest) (*Empty, error)
 	Devices(context.Context, *Empty) (*DevicesResponse, error)
 	OnlineCPUs(context.Context, *OnlineCPUsRequest) (*Empty, error)
+	OpenPod(context.Context, *OpenPodRequest) (*Empty, error)
+	ClosePod(context.Context, *Empty) (*Empty, error)
 	Events(context.Context, *Empty) (Agent_EventsClient, error)
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
@@ -181,6 +199,22 @@ func (c *agentClient) Devices(ctx context.Context, req *Empty) (*DevicesResponse
 func (c *agentClient) OnlineCPUs(ctx context.Context, req *OnlineCPUsRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "OnlineCPUs", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) OpenPod(ctx context.Context, req *OpenPodRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "OpenPod", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) ClosePod(ctx context.Context, req *Empty) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "ClosePod", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

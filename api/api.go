@@ -13,7 +13,7 @@ import (
 
 // ProtocolVersion is raised with every change that an older peer would
 // misunderstand. Shim and agent must agree on it exactly.
-const ProtocolVersion = 1
+const ProtocolVersion = 2
 
 // Vsock ports that the agent listens on. The host dials both.
 const (
@@ -42,6 +42,11 @@ const (
 	GuestShare = GuestRun + "/share"
 	// GuestBundles holds one OCI bundle for each container.
 	GuestBundles = GuestRun + "/bundles"
+	// PodNamespaces holds the namespaces that a pod's containers share, one
+	// file each: ipc, uts, pid.
+	PodNamespaces = GuestRun + "/pod/ns"
+	// PodShm is the tmpfs that is a pod's /dev/shm.
+	PodShm = GuestRun + "/pod/shm"
 	// ShareTag is the virtio-fs tag of the shared folder.
 	ShareTag = "vmrt"
 	// Runtime is the OCI runtime's path in the initramfs.

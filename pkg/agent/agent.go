@@ -35,6 +35,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/boot"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/halt"
+	"github.com/vmrt/vmrt/pkg/agent/pod"
 	"github.com/vmrt/vmrt/pkg/agent/stdio"
 	guesttask "github.com/vmrt/vmrt/pkg/agent/task"
 )
@@ -181,7 +182,7 @@ func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
 		return nil, err
 	}
 	taskapi.RegisterTTRPCTaskService(server, wrapped)
-	api.RegisterAgentService(server, &service{events: queue, powerOff: powerOff})
+	api.RegisterAgentService(server, &service{events: queue, pod: pod.New(), powerOff: powerOff})
 	return &agent{rpc: server, streams: streams}, nil
 }
 

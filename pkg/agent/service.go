@@ -22,11 +22,13 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/device"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/fsmount"
+	"github.com/vmrt/vmrt/pkg/agent/pod"
 )
 
 // service is vmrt.agent.v1.Agent. Its methods may be called concurrently.
 type service struct {
 	events   *events.Queue
+	pod      *pod.Pod
 	powerOff func()
 
 	cpuMu sync.Mutex // for the whole of a change of CPUs
@@ -106,6 +108,14 @@ func (s *service) OnlineCPUs(_ context.Context, r *api.OnlineCPUsRequest) (*api.
 	s.cpuMu.Lock()
 	defer s.cpuMu.Unlock()
 	return done(cpu.SetOnline(cpu.Root, int(min(r.Count, 1<<16))))
+}
+
+func (s *service) OpenPod(_ context.Context, r *api.OpenPodRequest) (*api.Empty, error) {
+	return done(s.pod.Open(r))
+}
+
+func (s *service) ClosePod(context.Context, *api.Empty) (*api.Empty, error) {
+	return done(s.pod.Close())
 }
 
 func (s *service) Events(ctx context.Context, _ *api.Empty, stream api.Agent_EventsServer) (err error) {

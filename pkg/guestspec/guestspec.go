@@ -28,6 +28,9 @@ type Input struct {
 	// PodNamespaces maps the path of a namespace on the host to the guest's
 	// path of the namespace that stands for it. Empty outside pods.
 	PodNamespaces map[string]string
+	// PodMounts maps the source of a bind mount on the host to the guest's
+	// path of what stands for it. Empty outside pods.
+	PodMounts map[string]string
 }
 
 // Plan is what Rewrite returns: the guest's spec and what the host has to do
@@ -110,7 +113,7 @@ func Rewrite(in Input) (*Plan, error) {
 	if plan.NetNS, err = networkNamespace(src.Linux.Namespaces); err != nil {
 		return nil, err
 	}
-	m := mounter{bundle: in.Bundle, id: in.ID, devices: in.GuestDevices, report: &rep}
+	m := mounter{bundle: in.Bundle, id: in.ID, devices: in.GuestDevices, pod: in.PodMounts, report: &rep}
 	if plan.Spec.Mounts, err = m.rewrite(src.Mounts); err != nil {
 		return nil, err
 	}

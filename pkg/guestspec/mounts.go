@@ -21,6 +21,7 @@ var sourceless = []string{
 type mounter struct {
 	bundle, id string
 	devices    []*api.Device
+	pod        map[string]string
 	binds      []Bind
 	*report
 }
@@ -84,6 +85,11 @@ func (m *mounter) bind(i int, mnt specs.Mount, opts options) (specs.Mount, error
 		mnt.Source = filepath.Join(m.bundle, mnt.Source)
 	}
 	mnt.Source = filepath.Clean(mnt.Source)
+	if guest, ok := m.pod[mnt.Source]; ok {
+		m.note("mount %s at %s is the pod's own", mnt.Source, mnt.Destination)
+		mnt.Source = guest
+		return mnt, nil
+	}
 	if ofGuest(mnt.Source) {
 		if !m.inGuest(mnt.Source) {
 			return mnt, unsupported("mount %s at %s: not present in the virtual machine", mnt.Source, mnt.Destination)

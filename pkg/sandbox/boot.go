@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -85,15 +86,42 @@ func (s *Sandbox) bootSteps(ctx context.Context) error {
 		return fmt.Errorf("connect to agent: %w", err)
 	}
 	s.rpc = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(s.agentGone) }))
-	_, err = s.Agent().Mount(ctx, &api.MountRequest{Mounts: []*api.MountSpec{
-		{Type: "virtiofs", Source: api.ShareTag, Target: api.GuestShare},
-	}})
-	if err != nil {
-		return fmt.Errorf("mount shared folder in guest: %w", err)
+	if err := s.setUpGuest(ctx); err != nil {
+		return err
 	}
 	s.boot.Prepared, s.boot.Booted, s.boot.Connected = launch.Sub(begin), hello.Sub(launch), time.Since(hello)
 	go s.keepClock()
 	return nil
+}
+
+// setUpGuest makes the guest ready for containers.
+func (s *Sandbox) setUpGuest(ctx context.Context) error {
+	// CPUs come online one by one, beside the rest.
+	online := make(chan error, 1)
+	go func() {
+		if s.cfg.CPUs == 1 {
+			online <- nil
+			return
+		}
+		_, err := s.Agent().OnlineCPUs(ctx, &api.OnlineCPUsRequest{Count: uint32(s.cfg.CPUs)})
+		online <- wrap("bring CPUs of the guest online", err)
+	}()
+	_, err := s.Agent().Mount(ctx, &api.MountRequest{Mounts: []*api.MountSpec{
+		{Type: "virtiofs", Source: api.ShareTag, Target: api.GuestShare},
+	}})
+	err = wrap("mount shared folder in guest", err)
+	if err == nil && s.cfg.Pod != nil {
+		_, err = s.Agent().OpenPod(ctx, s.cfg.Pod)
+		err = wrap("make the pod's namespaces in guest", err)
+	}
+	return errors.Join(err, <-online)
+}
+
+func wrap(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, errgrpc.ToNative(err))
 }
 
 // prepare decides what to boot and starts the virtual machine's helpers.
@@ -124,14 +152,25 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 	return &hypervisor.Spec{
 		Name:        "vmrt-" + s.cfg.ID,
 		Accelerator: verdict.Accelerator,
-		CPUs:        settings.CPUs,
-		MemoryMiB:   settings.MemoryMiB,
+		CPUs:        s.cfg.CPUs,
+		MemoryMiB:   s.cfg.MemoryMiB,
 		Kernel:      guest.Kernel,
 		Initrd:      guest.Initrd,
-		Cmdline:     []string{api.CmdlinePort + "=" + strconv.FormatUint(uint64(s.transport.HostPort()), 10)},
+		Cmdline:     s.cmdline(),
 		Vsock:       s.transport.Device(),
 		Shares:      []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
 	}, nil
+}
+
+// cmdline returns what the guest's kernel and agent are told.
+func (s *Sandbox) cmdline() []string {
+	args := []string{api.CmdlinePort + "=" + strconv.FormatUint(uint64(s.transport.HostPort()), 10)}
+	if s.cfg.CPUs > 1 {
+		// The others come online once the guest is ready: not before then
+		// does a kernel bring them up in less time than it takes to boot.
+		args = append(args, "maxcpus=1")
+	}
+	return args
 }
 
 // launch starts the VMM and the watch over it.

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/vmrt/vmrt/api"
@@ -99,6 +100,20 @@ func (s *Sandbox) OpenStream(ctx context.Context, name string) (_ vsock.Conn, er
 		return nil, fmt.Errorf("agent answered %#x", ack[0])
 	}
 	return conn, conn.SetDeadline(time.Time{})
+}
+
+// Resize brings CPUs of the guest online or takes them offline until cpus are.
+// What the virtual machine was not made with it cannot get: more of either is
+// an error of kind errdefs.ErrFailedPrecondition. Memory is not taken away.
+func (s *Sandbox) Resize(ctx context.Context, memoryMiB, cpus int) error {
+	if memoryMiB > s.cfg.MemoryMiB {
+		return fmt.Errorf("virtual machine was started with %d MiB and cannot grow to %d: %w", s.cfg.MemoryMiB, memoryMiB, errdefs.ErrFailedPrecondition)
+	}
+	if cpus > s.cfg.CPUs {
+		return fmt.Errorf("virtual machine was started with %d CPUs and cannot get %d: %w", s.cfg.CPUs, cpus, errdefs.ErrFailedPrecondition)
+	}
+	_, err := s.Agent().OnlineCPUs(ctx, &api.OnlineCPUsRequest{Count: uint32(cpus)})
+	return wrap(fmt.Sprintf("set the guest's CPUs to %d", cpus), err)
 }
 
 // Events calls handle with each event of the guest's task service, in order,

@@ -44,6 +44,10 @@ type Config struct {
 	NetNS string
 	// CgroupsPath is the OCI spec's, for the pod's cgroup on the host.
 	CgroupsPath string
+	// MemoryMiB and CPUs size the virtual machine.
+	MemoryMiB, CPUs int
+	// Pod is what several containers share; nil for a container by itself.
+	Pod *api.OpenPodRequest
 }
 
 // Sandbox is one pod's host side.
@@ -113,6 +117,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS, Start: s.cgroup.Start}); err != nil {
 		return nil, fmt.Errorf("open namespaces: %w", err)
 	}
+	if err := os.Mkdir(s.EmptyDir(), 0o755); err != nil {
+		return nil, err
+	}
 	share := filepath.Join(s.dir, "share")
 	if err := os.Mkdir(share, 0o700); err != nil {
 		return nil, err
@@ -131,6 +138,15 @@ func (s *Sandbox) Cgroup() *cgroup.Cgroup { return s.cgroup }
 
 // Share is the folder that the guest sees at api.GuestShare.
 func (s *Sandbox) Share() *storage.Share { return s.share }
+
+// EmptyDir is a folder on the host that stays empty.
+func (s *Sandbox) EmptyDir() string { return filepath.Join(s.dir, "empty") }
+
+// FilesDir is the folder for the pod's files. It does not exist at first.
+func (s *Sandbox) FilesDir() string { return filepath.Join(s.dir, "files") }
+
+// Settings returns the configuration that the sandbox was made with.
+func (s *Sandbox) Settings() *config.Config { return s.cfg.Settings }
 
 // Info describes what Boot booted.
 func (s *Sandbox) Info() BootInfo { return s.boot }

@@ -26,6 +26,9 @@ type container struct {
 	// spec is as containerd wrote it; read only.
 	spec *specs.Spec
 	init *process
+	// isPod is true for the container by which CRI names a pod, whose process
+	// the virtual machine is in place of.
+	isPod bool
 	// rootfs is the root file system's path in the share; set by Create.
 	rootfs string
 	// volumes are the container's bind mounts on the host; set by Create.
@@ -40,6 +43,8 @@ type container struct {
 	execs   map[string]*process
 	// pausing is "", or the state that Pause has put the container into.
 	pausing task.Status
+	// guest is init's pid in the guest; 0 until it was created.
+	guest uint32
 	// deleting is true while a Delete of init runs.
 	deleting bool
 }
@@ -49,6 +54,19 @@ func (c *container) pid() uint32 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.lastPid
+}
+
+// guestPid returns init's pid in the guest, or 0.
+func (c *container) guestPid() uint32 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.guest
+}
+
+func (c *container) setGuestPid(pid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.guest = pid
 }
 
 func (c *container) setAnchor(a *anchor.Anchor) {

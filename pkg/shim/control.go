@@ -23,9 +23,12 @@ import (
 )
 
 // ask forwards one request about a container to the guest, with a deadline.
-func (s *service) ask(ctx context.Context, id string, call func(context.Context, *sandbox.Sandbox, *container) error) error {
+func (s *service) ask(ctx context.Context, what, id string, call func(context.Context, *sandbox.Sandbox, *container) error) error {
 	c, err := s.container(id)
 	if err != nil {
+		return errgrpc.ToGRPC(err)
+	}
+	if err := podOnly(c, what); err != nil {
 		return errgrpc.ToGRPC(err)
 	}
 	sb, err := s.guest()
@@ -54,7 +57,11 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 	case state == statusCreated && p != c.init:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("process not started: %w", errdefs.ErrFailedPrecondition))
 	}
-	err = s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	if c.isPod {
+		s.killPod(ctx, c, syscall.Signal(r.Signal))
+		return empty, nil
+	}
+	err = s.ask(ctx, "kill container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		_, err := sb.Tasks().Kill(ctx, &taskapi.KillRequest{ID: r.ID, ExecID: r.ExecID, Signal: r.Signal, All: r.All})
 		if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) && r.Signal == uint32(syscall.SIGKILL) && p == c.init {
 			// SIGKILL must work. A guest that cannot do it is beyond repair.
@@ -86,7 +93,7 @@ func (s *service) watchAnchor(c *container, a *anchor.Anchor) {
 
 // Pause freezes the container.
 func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
-	err := s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	err := s.ask(ctx, "pause container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		c.setPausing(statusPausing)
 		if _, err := sb.Tasks().Pause(ctx, &taskapi.PauseRequest{ID: r.ID}); err != nil {
 			c.setPausing(task.Status_UNKNOWN)
@@ -104,7 +111,7 @@ func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.
 
 // Resume thaws the container.
 func (s *service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptypb.Empty, error) {
-	err := s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	err := s.ask(ctx, "resume container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		if _, err := sb.Tasks().Resume(ctx, &taskapi.ResumeRequest{ID: r.ID}); err != nil {
 			return err
 		}
@@ -131,7 +138,7 @@ func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*
 		p.setSize(r.Width, r.Height)
 		return empty, nil
 	}
-	err = s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, _ *container) error {
+	err = s.ask(ctx, "resize terminal of container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, _ *container) error {
 		_, err := sb.Tasks().ResizePty(ctx, &taskapi.ResizePtyRequest{ID: r.ID, ExecID: r.ExecID, Width: r.Width, Height: r.Height})
 		return err
 	})
@@ -157,7 +164,7 @@ func (s *service) CloseIO(ctx context.Context, r *taskapi.CloseIORequest) (*empt
 
 // Update changes the container's resource limits in the guest.
 func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
-	err := s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	err := s.ask(ctx, "update container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		var wanted specs.LinuxResources
 		if err := typeurl.UnmarshalTo(r.Resources, &wanted); err != nil {
 			return fmt.Errorf("decode resources: %w: %w", err, errdefs.ErrInvalidArgument)
@@ -185,7 +192,7 @@ func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 // Stats returns the container's cgroup v2 metrics as the guest counts them.
 func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.StatsResponse, error) {
 	resp := &taskapi.StatsResponse{}
-	err := s.ask(ctx, r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	err := s.ask(ctx, "metrics of container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		got, err := sb.Tasks().Stats(ctx, &taskapi.StatsRequest{ID: r.ID})
 		if err != nil {
 			return err

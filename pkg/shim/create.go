@@ -86,7 +86,7 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
 	}
 	c := &container{
-		id: r.ID, bundle: r.Bundle, spec: spec, execs: map[string]*process{},
+		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{},
 		init: newProcess("", stdio.Config{
 			Namespace: s.namespace, ID: r.ID,
 			Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
@@ -145,12 +145,61 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 	if err := s.waitBoot(ctx); err != nil {
 		return err
 	}
-	return s.createInGuest(ctx, sb, c, io, undo)
+	if !c.isPod {
+		err = s.createInGuest(ctx, sb, c, io, undo)
+	}
+	if err != nil {
+		return err
+	}
+	s.created(ctx, sb, c)
+	return nil
+}
+
+// created announces a container that was created.
+func (s *service) created(ctx context.Context, sb *sandbox.Sandbox, c *container) {
+	c.init.setState(statusCreated)
+	s.saveState()
+	s.events.send(&eventstypes.TaskCreate{
+		ContainerID: c.id, Bundle: c.bundle, Pid: c.pid(),
+		IO: &eventstypes.TaskIO{
+			Stdin: c.init.stdio.Stdin, Stdout: c.init.stdio.Stdout, Stderr: c.init.stdio.Stderr, Terminal: c.init.stdio.Terminal,
+		},
+	})
+	// Nil if the guest's events came first and told of the container's end.
+	if a := c.currentAnchor(); a != nil {
+		// The OCI runtime has made the mount points by now.
+		if err := a.Bind(sb.Namespaces(), c.volumes...); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("volumes are not seen below the container's host process")
+		}
+		go s.watchAnchor(c, a)
+	}
 }
 
 // prepareHost mounts the root file system, starts the process that stands for
 // the container, and runs the hooks that belong on the host.
 func (s *service) prepareHost(ctx context.Context, sb *sandbox.Sandbox, c *container, rootfs []*types.Mount) error {
+	root := sb.EmptyDir()
+	if !c.isPod {
+		var err error
+		if root, err = s.addRootfs(sb, c, rootfs); err != nil {
+			return err
+		}
+	}
+	var args []string
+	if c.spec.Process != nil {
+		args = c.spec.Process.Args
+	}
+	a, err := anchor.Start(sb.Namespaces(), anchor.Config{Args: args, Root: root})
+	if err != nil {
+		return fmt.Errorf("start anchor of container %s: %w", c.id, err)
+	}
+	c.setAnchor(a)
+	return s.runHooks(ctx, c, specs.StateCreating, hookPrestart, hookCreateRuntime)
+}
+
+// addRootfs mounts a container's root file system in the shared folder and
+// returns its path on the host.
+func (s *service) addRootfs(sb *sandbox.Sandbox, c *container, rootfs []*types.Mount) (string, error) {
 	mounts := make([]mount.Mount, len(rootfs))
 	for i, m := range rootfs {
 		mounts[i] = mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
@@ -158,25 +207,16 @@ func (s *service) prepareHost(ctx context.Context, sb *sandbox.Sandbox, c *conta
 	if len(mounts) == 0 {
 		root, err := bundleRoot(c)
 		if err != nil {
-			return err
+			return "", err
 		}
 		mounts = []mount.Mount{{Type: "bind", Source: root, Options: []string{"rbind", "rw"}}}
 	}
 	entry, err := sb.Share().AddRootfs(c.id, mounts)
 	if err != nil {
-		return fmt.Errorf("mount rootfs of container %s: %w", c.id, err)
-	}
-	var args []string
-	if c.spec.Process != nil {
-		args = c.spec.Process.Args
+		return "", fmt.Errorf("mount rootfs of container %s: %w", c.id, err)
 	}
 	c.rootfs = entry.Share
-	a, err := anchor.Start(sb.Namespaces(), anchor.Config{Args: args, Root: entry.Host})
-	if err != nil {
-		return fmt.Errorf("start anchor of container %s: %w", c.id, err)
-	}
-	c.setAnchor(a)
-	return s.runHooks(ctx, c, specs.StateCreating, hookPrestart, hookCreateRuntime)
+	return entry.Host, nil
 }
 
 // bundleRoot is the root file system of a bundle that came with no mounts.
@@ -214,7 +254,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 	if err != nil {
 		return err
 	}
-	_, err = sb.Tasks().Create(ctx, &taskapi.CreateTaskRequest{
+	resp, err := sb.Tasks().Create(ctx, &taskapi.CreateTaskRequest{
 		ID: c.id, Bundle: api.BundlePath(c.id), Terminal: c.init.stdio.Terminal,
 		Stdin: names.stdin, Stdout: names.stdout, Stderr: names.stderr, Options: options,
 		Rootfs: []*types.Mount{{Type: "bind", Source: path.Join(api.GuestShare, c.rootfs), Options: []string{"rbind", "rw"}}},
@@ -222,22 +262,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 	if err != nil {
 		return s.guestError(sb, err)
 	}
-	c.init.setState(statusCreated)
-	s.saveState()
-	s.events.send(&eventstypes.TaskCreate{
-		ContainerID: c.id, Bundle: c.bundle, Pid: c.pid(),
-		IO: &eventstypes.TaskIO{
-			Stdin: c.init.stdio.Stdin, Stdout: c.init.stdio.Stdout, Stderr: c.init.stdio.Stderr, Terminal: c.init.stdio.Terminal,
-		},
-	})
-	// Nil if the guest's events came first and told of the container's end.
-	if a := c.currentAnchor(); a != nil {
-		// The OCI runtime has made the mount points by now.
-		if err := a.Bind(sb.Namespaces(), c.volumes...); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("volumes are not seen below the container's host process")
-		}
-		go s.watchAnchor(c, a)
-	}
+	c.setGuestPid(resp.GetPid())
 	return nil
 }
 
@@ -248,9 +273,9 @@ func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *conta
 	if err != nil {
 		return nil, fmt.Errorf("list guest devices: %w", errgrpc.ToNative(err))
 	}
-	plan, err := guestspec.Rewrite(guestspec.Input{ID: c.id, Bundle: c.bundle, Spec: c.spec, GuestDevices: devices.GetDevices()})
+	plan, err := s.rewrite(c, devices.GetDevices())
 	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", c.id, err)
+		return nil, err
 	}
 	for _, w := range plan.Warnings {
 		log.G(ctx).WithField("container", c.id).Warn(w)

@@ -101,7 +101,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 	}
 	s.drain(ctx, c, c.init, func(ctx context.Context) error {
 		sb, err := s.guest()
-		if err != nil {
+		if err != nil || c.isPod {
 			return err
 		}
 		if _, err := sb.Tasks().Delete(ctx, &taskapi.DeleteRequest{ID: c.id}); err != nil {

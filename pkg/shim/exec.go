@@ -40,6 +40,9 @@ func (s *service) addExec(r *taskapi.ExecProcessRequest) error {
 	if err != nil {
 		return err
 	}
+	if err := podOnly(c, "exec in container"); err != nil {
+		return err
+	}
 	switch c.status(c.init) {
 	case statusStopped:
 		return fmt.Errorf("cannot exec in a stopped state: %w", errdefs.ErrFailedPrecondition)
@@ -93,7 +96,9 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 }
 
 func (s *service) startInit(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
-	if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {
+	if c.isPod {
+		s.startPod(c)
+	} else if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {
 		return s.guestError(sb, err)
 	}
 	c.init.setState(statusRunning)

@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	containerdshim "github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/log"
+
+	"github.com/vmrt/vmrt/pkg/config"
 )
 
 // RuntimeName is what containerd knows this runtime by.
@@ -130,6 +132,12 @@ func startServer(ctx context.Context, params *bootapi.BootstrapParams, l *net.Un
 	}
 	cmd := exec.Command(self, args...)
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=4")
+	// The Sandbox API has the runtime options here only.
+	for _, e := range params.GetExtensions() {
+		if path, err := configPath(e.GetValue()); err == nil && path != "" {
+			cmd.Env = append(cmd.Env, config.PathEnv+"="+path)
+		}
+	}
 	cmd.ExtraFiles = []*os.File{f}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {

@@ -9,10 +9,8 @@ import (
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/vmrt/vmrt/pkg/config"
@@ -33,28 +31,55 @@ func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sa
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sandbox != nil {
-		return s.sandbox, false, nil
+		return s.sandbox, false, alive(s.sandbox)
 	}
+	if s.api != nil {
+		return nil, false, fmt.Errorf("create container %s: sandbox %s has ended: %w", c.id, s.api.id, errdefs.ErrUnavailable)
+	}
+	pod, err := podOfSpec(c.spec)
+	if err != nil {
+		return nil, false, fmt.Errorf("container %s: %w", c.id, err)
+	}
+	if err := s.newSandbox(c.id, pod, options); err != nil {
+		return nil, false, err
+	}
+	return s.sandbox, true, nil
+}
+
+// newSandbox makes the sandbox and starts its boot. s.mu is held.
+func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) error {
 	settings, err := loadSettings(options)
 	if err != nil {
-		return nil, false, err
+		return err
 	}
-	cfg := sandbox.Config{ID: c.id, Namespace: s.namespace, Settings: settings}
-	if c.spec.Linux != nil {
-		cfg.CgroupsPath = c.spec.Linux.CgroupsPath
-		for _, ns := range c.spec.Linux.Namespaces {
-			if ns.Type == specs.NetworkNamespace {
-				cfg.NetNS = ns.Path
-			}
-		}
-	}
-	sb, err := sandbox.New(cfg)
+	host, err := thisMachine()
 	if err != nil {
-		return nil, false, err
+		return err
 	}
-	s.sandbox, s.booted, s.bootErr = sb, make(chan struct{}), nil
+	memory, cpus, err := host.size(pod.limits, settings)
+	if err != nil {
+		return fmt.Errorf("size virtual machine of sandbox %s: %w", id, err)
+	}
+	sb, err := sandbox.New(sandbox.Config{
+		ID: id, Namespace: s.namespace, Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
+		MemoryMiB: memory, CPUs: cpus, Pod: pod.open,
+	})
+	if err != nil {
+		return err
+	}
+	s.pod, s.sandbox, s.booted, s.bootErr = pod, sb, make(chan struct{}), nil
 	go s.boot(sb, s.booted)
-	return sb, true, nil
+	return nil
+}
+
+// alive returns an error once the virtual machine has ended.
+func alive(sb *sandbox.Sandbox) error {
+	select {
+	case <-sb.Dead():
+		return fmt.Errorf("virtual machine has ended: %w", errdefs.ErrUnavailable)
+	default:
+		return nil
+	}
 }
 
 func (s *service) boot(sb *sandbox.Sandbox, booted chan struct{}) {
@@ -88,38 +113,37 @@ func (s *service) dropSandbox(ctx context.Context, sb *sandbox.Sandbox) error {
 	s.mu.Lock()
 	booted := s.booted
 	if s.sandbox == sb {
-		s.sandbox = nil
+		s.sandbox, s.pod = nil, nil
 	}
 	s.mu.Unlock()
-	// Boot must have returned before Stop; a dead machine ends it at once.
-	if err := sb.Kill(ctx, nil); err != nil {
-		log.G(ctx).WithError(err).Warn("kill virtual machine")
-	}
-	select {
-	case <-booted:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	return sb.Stop(ctx)
+	return endSandbox(ctx, sb, booted)
 }
 
 // loadSettings reads the configuration file, which the runtime options of the
 // request may name.
 func loadSettings(options *anypb.Any) (*config.Config, error) {
-	path := ""
-	if len(options.GetValue()) > 0 {
-		v, err := typeurl.UnmarshalAny(options)
-		if err != nil {
-			return nil, fmt.Errorf("decode runtime options %s: %w: %w", options.GetTypeUrl(), err, errdefs.ErrInvalidArgument)
-		}
-		switch o := v.(type) {
-		case *runtimeoptions.Options:
-			path = o.GetConfigPath()
-		case *runcoptions.Options:
-			// Clients send these to every runtime; nothing in them is for us.
-		default:
-			return nil, fmt.Errorf("runtime options of type %s: %w", options.GetTypeUrl(), errdefs.ErrInvalidArgument)
-		}
+	path, err := configPath(options)
+	if err != nil {
+		return nil, err
 	}
 	return config.Load(path)
+}
+
+// configPath returns the configuration file that runtime options name, if any.
+func configPath(options *anypb.Any) (string, error) {
+	if len(options.GetValue()) == 0 {
+		return "", nil
+	}
+	v, err := typeurl.UnmarshalAny(options)
+	if err != nil {
+		return "", fmt.Errorf("decode runtime options %s: %w: %w", options.GetTypeUrl(), err, errdefs.ErrInvalidArgument)
+	}
+	switch o := v.(type) {
+	case *runtimeoptions.Options:
+		return o.GetConfigPath(), nil
+	case *runcoptions.Options:
+		// Clients send these to every runtime; nothing in them is for us.
+		return "", nil
+	}
+	return "", fmt.Errorf("runtime options of type %s: %w", options.GetTypeUrl(), errdefs.ErrInvalidArgument)
 }

@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -62,8 +63,12 @@ type service struct {
 
 	mu         sync.Mutex
 	containers map[string]*container
-	// sandbox is nil until the first Create.
+	// sandbox is nil until the first Create or CreateSandbox; pod is what it
+	// was made for.
 	sandbox *sandbox.Sandbox
+	pod     *podConfig
+	// api is nil unless the sandbox was made by CreateSandbox.
+	api *apiSandbox
 	// booted is closed when the sandbox's boot has ended, with bootErr set.
 	booted  chan struct{}
 	bootErr error
@@ -73,8 +78,9 @@ type service struct {
 }
 
 var (
-	_ taskapi.TTRPCTaskService    = (*service)(nil)
-	_ containerdshim.TTRPCService = (*service)(nil)
+	_ taskapi.TTRPCTaskService       = (*service)(nil)
+	_ sandboxapi.TTRPCSandboxService = (*service)(nil)
+	_ containerdshim.TTRPCService    = (*service)(nil)
 )
 
 func newService(ctx context.Context, publisher containerdshim.Publisher, sd shutdown.Service) (*service, error) {
@@ -98,6 +104,7 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 // RegisterTTRPC makes the service reachable.
 func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
 	taskapi.RegisterTTRPCTaskService(server, s)
+	sandboxapi.RegisterTTRPCSandboxService(server, s)
 	return nil
 }
 
@@ -138,12 +145,7 @@ func (s *service) guest() (*sandbox.Sandbox, error) {
 	default:
 		return nil, fmt.Errorf("virtual machine is starting: %w", errdefs.ErrUnavailable)
 	}
-	select {
-	case <-sb.Dead():
-		return nil, fmt.Errorf("virtual machine has ended: %w", errdefs.ErrUnavailable)
-	default:
-		return sb, nil
-	}
+	return sb, alive(sb)
 }
 
 // State returns what is known of a process.
@@ -212,9 +214,9 @@ func (s *service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 // Shutdown ends the sandbox and the shim once no container is left.
 func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
-	n := len(s.containers)
+	stays := len(s.containers) > 0 || s.api != nil && !s.api.isShutDown()
 	s.mu.Unlock()
-	if n > 0 {
+	if stays {
 		return empty, nil
 	}
 	// containerd runs `shim delete` once this has returned: by then nothing
@@ -229,13 +231,27 @@ func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*em
 // stopSandbox ends the virtual machine, if there is one. Idempotent.
 func (s *service) stopSandbox(ctx context.Context) error {
 	s.mu.Lock()
-	sb := s.sandbox
+	sb, booted := s.sandbox, s.booted
 	s.mu.Unlock()
 	if sb == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
+	return endSandbox(ctx, sb, booted)
+}
+
+// endSandbox ends a sandbox that may still be booting.
+func endSandbox(ctx context.Context, sb *sandbox.Sandbox, booted <-chan struct{}) error {
+	// Boot must have returned before Stop; a dead machine ends it at once.
+	if err := sb.Kill(ctx, nil); err != nil {
+		log.G(ctx).WithError(err).Warn("kill virtual machine")
+	}
+	select {
+	case <-booted:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	return sb.Stop(ctx)
 }
 
@@ -271,4 +287,5 @@ func (s *service) follow(sb *sandbox.Sandbox) {
 			}
 		}
 	}
+	s.sandboxEnded(now)
 }
