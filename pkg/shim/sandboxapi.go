@@ -323,9 +323,14 @@ func (s *service) ShutdownSandbox(ctx context.Context, r *sandboxapi.ShutdownSan
 	default:
 		return nil, errgrpc.ToGRPC(err)
 	}
-	s.shutdown.Shutdown()
+	// ttrpc does not tell when an answer was written, and containerd takes its
+	// loss for a failure.
+	time.AfterFunc(answerGrace, s.shutdown.Shutdown)
 	return &sandboxapi.ShutdownSandboxResponse{}, nil
 }
+
+// answerGrace is the time that the last answers have to leave the process.
+const answerGrace = 50 * time.Millisecond
 
 // isIdle reports whether the shim has nothing to look after.
 func (s *service) isIdle() bool {

@@ -176,11 +176,17 @@ func newID() string {
 // shut down, and looked over for what it left, at the end of the test.
 func newShim(t testing.TB, o options) *shim {
 	t.Helper()
+	return newShimOf(t, o, func(s *shim) { s.bundle = s.writeBundle(s.id, o) })
+}
+
+// newShimOf is newShim with a bundle that makeBundle makes.
+func newShimOf(t testing.TB, o options, makeBundle func(*shim)) *shim {
+	t.Helper()
 	requireVM(t)
 	s := &shim{t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})}}
 	s.ctx = namespaces.WithNamespace(context.Background(), namespace)
 	s.writeConfig(o.config)
-	s.bundle = s.writeBundle(s.id, o)
+	makeBundle(s)
 	address := s.serveEvents()
 	s.start(address)
 	t.Cleanup(s.end)
