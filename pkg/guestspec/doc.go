@@ -18,7 +18,8 @@
 //
 //   - mount: a new one is required.
 //   - pid, ipc, uts, cgroup: a new one, or none, which means the virtual
-//     machine's own and never the host's.
+//     machine's own and never the host's. A container that is not privileged
+//     always gets a cgroup namespace, so that it sees its own cgroup alone.
 //   - network: always the virtual machine's first network namespace, named by
 //     path so that net.* sysctls are permitted. The spec's path (or that a new
 //     one is wanted) is in Plan.NetNS. A spec without a network namespace asks

@@ -27,7 +27,18 @@ func rewriteNamespaces(s *specs.Spec, pod map[string]string) ([]specs.LinuxNames
 		}
 		out = append(out, guest)
 	}
+	if hidesCgroups(s, seen) {
+		out = append(out, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	}
 	return out, checkNamespaces(s, seen)
+}
+
+// hidesCgroups reports whether a spec that has no cgroup namespace needs one in
+// the guest. On a host with cgroup v1, where clients ask for none, an OCI
+// runtime shows a container its own cgroups; on v2, which the guest has, it
+// does so in a namespace only.
+func hidesCgroups(s *specs.Spec, has map[specs.LinuxNamespaceType]bool) bool {
+	return !has[specs.CgroupNamespace] && !isPrivileged(s)
 }
 
 func rewriteNamespace(ns specs.LinuxNamespace, pod map[string]string) (specs.LinuxNamespace, error) {

@@ -34,13 +34,14 @@ func TestNamespaces(t *testing.T) {
 	}{
 		{"all new", nil, []specs.LinuxNamespace{
 			{Type: "pid"}, {Type: "ipc"}, {Type: "uts"}, {Type: "mount"}, {Type: "network", Path: "/proc/1/ns/net"},
+			{Type: "cgroup"},
 		}, ""},
 		{"the virtual machine's own", func(s *specs.Spec) {
 			for _, typ := range []specs.LinuxNamespaceType{"pid", "ipc", "uts"} {
 				setNamespace(s, typ, nil)
 			}
 			s.Hostname = ""
-		}, []specs.LinuxNamespace{{Type: "mount"}, {Type: "network", Path: "/proc/1/ns/net"}}, ""},
+		}, []specs.LinuxNamespace{{Type: "mount"}, {Type: "network", Path: "/proc/1/ns/net"}, {Type: "cgroup"}}, ""},
 		{"network by path, cgroup and time", func(s *specs.Spec) {
 			setNamespace(s, "network", ptr("/var/run/netns/cni-1"))
 			setNamespace(s, "cgroup", ptr(""))
@@ -142,7 +143,7 @@ func TestPodNamespaces(t *testing.T) {
 	}
 	want := []specs.LinuxNamespace{
 		{Type: "pid"}, {Type: "mount"}, {Type: "ipc", Path: "/run/vmrt/ns/ipc"}, {Type: "uts", Path: "/run/vmrt/ns/uts"},
-		{Type: "network", Path: "/proc/1/ns/net"},
+		{Type: "network", Path: "/proc/1/ns/net"}, {Type: "cgroup"},
 	}
 	if diff := cmp.Diff(want, plan.Spec.Linux.Namespaces); diff != "" {
 		t.Errorf("namespaces (-want +got):\n%s", diff)

@@ -1,0 +1,110 @@
+package shim
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/vmrt/vmrt/api/cri"
+	"github.com/vmrt/vmrt/pkg/guestspec"
+)
+
+// sandboxSpec is what CRI writes for a pod's container.
+func sandboxSpec(namespaces ...specs.LinuxNamespace) *specs.Spec {
+	return &specs.Spec{
+		Hostname:    "web-0",
+		Annotations: map[string]string{annotationContainerType: containerTypeSandbox, annotationMemory: "1024"},
+		Linux:       &specs.Linux{CgroupsPath: "/pod/1", Namespaces: namespaces, Sysctl: map[string]string{"net.core.somaxconn": "99"}},
+		Mounts:      []specs.Mount{{Destination: "/dev/shm", Type: "bind", Source: missingShm}},
+	}
+}
+
+const missingShm = "/no/such/shm"
+
+func TestPodOfSpec(t *testing.T) {
+	all := []specs.LinuxNamespace{{Type: "pid"}, {Type: "ipc"}, {Type: "uts"}, {Type: "mount"}, {Type: "network", Path: "/run/netns/x"}}
+	p, err := podOfSpec(sandboxSpec(all...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.netns != "/run/netns/x" || p.cgroupsPath != "/pod/1" || p.limits.memory != 1024 || p.shm != missingShm {
+		t.Errorf("podOfSpec = %+v", p)
+	}
+	if o := p.open; o.Hostname != "web-0" || !o.Pid || o.ShmBytes != podShmBytes || o.Sysctls["net.core.somaxconn"] != "99" {
+		t.Errorf("what containers share = %+v", o)
+	}
+	for kind, want := range map[string]string{"ipc": "/run/vmrt/pod/ns/ipc", "uts": "/run/vmrt/pod/ns/uts", "pid": "/run/vmrt/pod/ns/pid"} {
+		if got := p.namespace(kind); got != want {
+			t.Errorf("namespace(%s) = %s; want %s", kind, got, want)
+		}
+	}
+
+	// hostPID and hostIPC mean the virtual machine's.
+	p, err = podOfSpec(sandboxSpec(specs.LinuxNamespace{Type: "network"}, specs.LinuxNamespace{Type: "uts"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.open.Pid || p.open.ShmBytes != 0 || p.shm != "" {
+		t.Errorf("pod without pid and ipc namespaces = %+v, shm %q; want none of its own", p.open, p.shm)
+	}
+	for _, kind := range []string{"ipc", "pid"} {
+		if got, want := p.namespace(kind), "/proc/1/ns/"+kind; got != want {
+			t.Errorf("namespace(%s) = %s; want %s", kind, got, want)
+		}
+	}
+
+	if _, err := podOfSpec(sandboxSpec()); !errors.Is(err, guestspec.ErrHostNetwork) {
+		t.Errorf("pod without a network namespace = %v; want %v", err, guestspec.ErrHostNetwork)
+	}
+	if _, err := podOfSpec(sandboxSpec(append(all, specs.LinuxNamespace{Type: "user"})...)); !errors.Is(err, guestspec.ErrUserNamespace) {
+		t.Errorf("pod with a user namespace = %v; want %v", err, guestspec.ErrUserNamespace)
+	}
+}
+
+func TestResolvConf(t *testing.T) {
+	got := resolvConf(&cri.DNSConfig{Servers: []string{"192.0.2.1", "2001:db8::1"}, Searches: []string{"a", "b"}, Options: []string{"ndots:5", "edns0"}})
+	want := "search a b\nnameserver 192.0.2.1\nnameserver 2001:db8::1\noptions ndots:5 edns0\n"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("resolv.conf (-want +got):\n%s", diff)
+	}
+}
+
+func TestCRICgroup(t *testing.T) {
+	for parent, want := range map[string]string{
+		"":                                    "",
+		"/kubepods/pod1":                      "/kubepods/pod1/id",
+		"/kubepods.slice/kubepods-pod1.slice": "kubepods-pod1.slice:cri-containerd:id",
+	} {
+		if got := criCgroup(parent, "id"); got != want {
+			t.Errorf("criCgroup(%q) = %q; want %q", parent, got, want)
+		}
+	}
+}
+
+func TestAddMounts(t *testing.T) {
+	b, err := proto.Marshal(&cri.PodSandboxConfig{Hostname: "web-0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := podOfCRI("id", "", &anypb.Any{TypeUrl: "type.googleapis.com/runtime.v1.PodSandboxConfig", Value: b})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := &specs.Spec{Root: &specs.Root{Readonly: true}, Mounts: []specs.Mount{
+		{Destination: "/dev/shm", Type: "tmpfs"}, {Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"},
+	}}
+	p.addMounts(spec, "/files")
+	want := []specs.Mount{
+		{Destination: "/dev/shm", Type: "bind", Source: podShmSource, Options: []string{"rbind", "rprivate", "rw"}},
+		{Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"},
+		{Destination: "/etc/hostname", Type: "bind", Source: "/files/hostname", Options: []string{"rbind", "rprivate", "ro"}},
+		{Destination: "/etc/resolv.conf", Type: "bind", Source: "/files/resolv.conf", Options: []string{"rbind", "rprivate", "ro"}},
+	}
+	if diff := cmp.Diff(want, spec.Mounts); diff != "" {
+		t.Errorf("mounts (-want +got):\n%s", diff)
+	}
+}
