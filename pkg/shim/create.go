@@ -129,8 +129,17 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 		}
 	})
 	undo.add(func(context.Context) { c.releasePid() })
+	// A hook may make the network interfaces that the virtual machine is to
+	// have. Without one the boot goes on beside what is done on the host.
+	late := hasHooks(c.spec.Hooks, hookPrestart, hookCreateRuntime)
+	if first && !late {
+		s.startBoot()
+	}
 	if err := s.prepareHost(ctx, sb, c, r.Rootfs); err != nil {
 		return err
+	}
+	if first && late {
+		s.startBoot()
 	}
 	if err := sb.Link(c.bundle); err != nil {
 		return err

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"slices"
 
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -35,6 +36,11 @@ func hookList(h *specs.Hooks, name string) []specs.Hook {
 		return h.Poststop
 	}
 	return nil
+}
+
+// hasHooks reports whether one of the lists named is not empty.
+func hasHooks(h *specs.Hooks, names ...string) bool {
+	return slices.ContainsFunc(names, func(name string) bool { return len(hookList(h, name)) > 0 })
 }
 
 func (c *container) hookState(status specs.ContainerState) *specs.State {

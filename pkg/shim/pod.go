@@ -25,8 +25,7 @@ func brokenConnection(err error) bool {
 	return errors.Is(err, ttrpc.ErrClosed) || errdefs.IsUnavailable(err)
 }
 
-// ensureSandbox returns the sandbox, making it and starting its boot for the
-// first container.
+// ensureSandbox returns the sandbox, making it for the first container.
 func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sandbox, first bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -46,7 +45,7 @@ func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sa
 	return s.sandbox, true, nil
 }
 
-// newSandbox makes the sandbox and starts its boot. s.mu is held.
+// newSandbox makes the sandbox. s.mu is held.
 func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) error {
 	settings, err := loadSettings(options)
 	if err != nil {
@@ -67,9 +66,16 @@ func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) erro
 	if err != nil {
 		return err
 	}
-	s.pod, s.sandbox, s.booted, s.bootErr = pod, sb, make(chan struct{}), nil
-	go s.boot(sb, s.booted)
+	s.pod, s.sandbox, s.booted, s.bootErr = pod, sb, nil, nil
 	return nil
+}
+
+// startBoot begins to boot the sandbox's virtual machine.
+func (s *service) startBoot() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.booted = make(chan struct{})
+	go s.boot(s.sandbox, s.booted)
 }
 
 // alive returns an error once the virtual machine has ended.
@@ -98,6 +104,9 @@ func (s *service) waitBoot(ctx context.Context) error {
 	s.mu.Lock()
 	booted := s.booted
 	s.mu.Unlock()
+	if booted == nil {
+		return fmt.Errorf("virtual machine is not being started yet: %w", errdefs.ErrUnavailable)
+	}
 	select {
 	case <-booted:
 	case <-ctx.Done():

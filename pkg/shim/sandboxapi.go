@@ -121,6 +121,7 @@ func (s *service) createSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 	if err != nil {
 		return err
 	}
+	s.startBoot()
 	var undo rollback
 	defer func() {
 		if err != nil {

@@ -69,7 +69,8 @@ type service struct {
 	pod     *podConfig
 	// api is nil unless the sandbox was made by CreateSandbox.
 	api *apiSandbox
-	// booted is closed when the sandbox's boot has ended, with bootErr set.
+	// booted is closed when the sandbox's boot has ended, with bootErr set;
+	// nil until that was begun.
 	booted  chan struct{}
 	bootErr error
 
@@ -137,7 +138,7 @@ func (s *service) guest() (*sandbox.Sandbox, error) {
 	s.mu.Lock()
 	sb, booted, bootErr := s.sandbox, s.booted, s.bootErr
 	s.mu.Unlock()
-	if sb == nil || bootErr != nil {
+	if sb == nil || booted == nil || bootErr != nil {
 		return nil, fmt.Errorf("no virtual machine: %w", errdefs.ErrUnavailable)
 	}
 	select {
@@ -241,16 +242,19 @@ func (s *service) stopSandbox(ctx context.Context) error {
 	return endSandbox(ctx, sb, booted)
 }
 
-// endSandbox ends a sandbox that may still be booting.
+// endSandbox ends a sandbox that may still be booting; booted is nil if it has
+// not begun to.
 func endSandbox(ctx context.Context, sb *sandbox.Sandbox, booted <-chan struct{}) error {
 	// Boot must have returned before Stop; a dead machine ends it at once.
 	if err := sb.Kill(ctx, nil); err != nil {
 		log.G(ctx).WithError(err).Warn("kill virtual machine")
 	}
-	select {
-	case <-booted:
-	case <-ctx.Done():
-		return ctx.Err()
+	if booted != nil {
+		select {
+		case <-booted:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	return sb.Stop(ctx)
 }
