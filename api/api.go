@@ -15,13 +15,16 @@ import (
 // misunderstand. Shim and agent must agree on it exactly.
 const ProtocolVersion = 2
 
-// Vsock ports that the agent listens on. The host dials both.
+// Vsock ports that the agent listens on. The host dials all of them.
 const (
 	// PortRPC serves ttrpc: vmrt.agent.v1 and containerd.task.v3.
 	PortRPC = 1024
 	// PortStream takes one connection for each stream; each starts with a
 	// stream header (see StreamHeader).
 	PortStream = 1025
+	// PortDial takes one connection for each one to a port of the guest's
+	// loopback; each starts with a dial request (see WriteDialRequest).
+	PortDial = 1026
 )
 
 // HostPort is the vsock port on the host that the agent dials with Hello when

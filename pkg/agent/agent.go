@@ -33,6 +33,7 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/agent/boot"
+	"github.com/vmrt/vmrt/pkg/agent/dial"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/halt"
 	"github.com/vmrt/vmrt/pkg/agent/pod"
@@ -66,7 +67,7 @@ func Run(version string) error {
 	if err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	listening, err := listen(api.PortRPC, api.PortStream)
+	listening, err := listen(api.PortRPC, api.PortStream, api.PortDial)
 	if err != nil {
 		return err
 	}
@@ -106,7 +107,7 @@ func Run(version string) error {
 	if err != nil {
 		return err
 	}
-	failed := a.serve(listeners[0], listeners[1])
+	failed := a.serve(listeners[0], listeners[1], listeners[2])
 	phases.Mark("serving")
 	if err := boot.Late(&phases); err != nil {
 		log.L.WithError(err).Error("boot")
@@ -160,6 +161,7 @@ func reap() <-chan struct{} {
 type agent struct {
 	rpc     *ttrpc.Server
 	streams *stdio.Registry
+	dials   *dial.Server
 }
 
 // newAgent starts the task service. Containers are created after booted.
@@ -183,13 +185,14 @@ func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
 	}
 	taskapi.RegisterTTRPCTaskService(server, wrapped)
 	api.RegisterAgentService(server, &service{events: queue, pod: pod.New(), powerOff: powerOff})
-	return &agent{rpc: server, streams: streams}, nil
+	return &agent{rpc: server, streams: streams, dials: dial.NewServer(dial.DefaultLimits())}, nil
 }
 
-// serve starts to serve both ports. The channel has the first failure.
-func (a *agent) serve(rpc, streams net.Listener) <-chan error {
-	failed := make(chan error, 2)
+// serve starts to serve all ports. The channel has the first failure.
+func (a *agent) serve(rpc, streams, dials net.Listener) <-chan error {
+	failed := make(chan error, 3)
 	go func() { failed <- fmt.Errorf("serve requests: %w", a.rpc.Serve(context.Background(), rpc)) }()
 	go func() { failed <- fmt.Errorf("serve streams: %w", a.streams.Serve(streams)) }()
+	go func() { failed <- fmt.Errorf("serve dials: %w", a.dials.Serve(dials)) }()
 	return failed
 }

@@ -9,7 +9,7 @@ import (
 
 // Serve serves what PID 1 serves, on other sockets. For tests that stand in
 // for the machine.
-func Serve(rpc, streams net.Listener, powerOff func()) error {
+func Serve(rpc, streams, dials net.Listener, powerOff func()) error {
 	reap()
 	if err := os.MkdirAll(api.GuestRun, 0o711); err != nil {
 		return err
@@ -20,5 +20,5 @@ func Serve(rpc, streams net.Listener, powerOff func()) error {
 	if err != nil {
 		return err
 	}
-	return <-a.serve(rpc, streams)
+	return <-a.serve(rpc, streams, dials)
 }

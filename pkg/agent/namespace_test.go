@@ -145,8 +145,8 @@ func copyFile(from, to string) error {
 // beMachine makes this process, PID 1 of its namespaces, into a machine with
 // an agent. It returns only with an error.
 func beMachine(dir string) error {
-	var listeners [2]net.Listener
-	for i, port := range []uint32{api.PortRPC, api.PortStream} {
+	var listeners [3]net.Listener
+	for i, port := range []uint32{api.PortRPC, api.PortStream, api.PortDial} {
 		l, err := net.Listen("unix", socket(dir, port))
 		if err != nil {
 			return err
@@ -156,7 +156,7 @@ func beMachine(dir string) error {
 	if err := makeMachine(dir); err != nil {
 		return err
 	}
-	return agent.Serve(listeners[0], listeners[1], func() { os.Exit(0) })
+	return agent.Serve(listeners[0], listeners[1], listeners[2], func() { os.Exit(0) })
 }
 
 // makeMachine gives the process a root of its own: this machine's, with the

@@ -212,6 +212,14 @@ func (c *Conn) shutdown(how uint32) {
 	}
 }
 
+// PeerClosed reports whether the guest has ended its stream and takes no more
+// of ours: what a close of the whole connection is there, or a reset.
+func (c *Conn) PeerClosed() bool {
+	c.d.mu.Lock()
+	defer c.d.unlock()
+	return c.peerShut == shutdownBoth || c.err != nil
+}
+
 // Read implements net.Conn.
 func (c *Conn) Read(p []byte) (int, error) {
 	c.readMu.Lock()

@@ -66,6 +66,32 @@ func TestHalfCloseByGuest(t *testing.T) {
 	}
 }
 
+// A guest that half-closes is told apart from one that closes.
+func TestPeerClosed(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		end  func(*vsocktest.Conn)
+		want bool
+	}{
+		{"half-close", func(c *vsocktest.Conn) { c.CloseWrite() }, false},
+		{"close", func(c *vsocktest.Conn) { c.Close() }, true},
+		{"reset", func(c *vsocktest.Conn) { c.Reset() }, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPair(t, vsock.Config{}, vsocktest.Config{})
+			host, guest := p.dialGuest(t)
+			if host.PeerClosed() {
+				t.Error("PeerClosed() = true; want false for an open connection")
+			}
+			tc.end(guest)
+			io.ReadAll(host)
+			if got := host.PeerClosed(); got != tc.want {
+				t.Errorf("PeerClosed() = %v; want %v", got, tc.want)
+			}
+		})
+	}
+}
+
 // After CloseRead the guest can still write as much as it likes.
 func TestCloseRead(t *testing.T) {
 	p := newPair(t, vsock.Config{}, vsocktest.Config{})
