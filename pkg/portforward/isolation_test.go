@@ -131,6 +131,10 @@ func TestListenersOfTheNamespace(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:80", "0.0.0.0:81", "[::1]:82", "[::]:83", "127.3.3.3:84", "10.9.8.7:85"} {
 		go serveText(listenIn(t, pod, address), "host")
 	}
+	for port := range 400 { // more than one answer of the kernel holds
+		listenIn(t, pod, fmt.Sprintf("127.0.0.1:%d", 10000+port))
+	}
+	go serveText(listenIn(t, pod, "127.0.0.1:20000"), "host")
 	startIn(t, pod, g.dial)
 	for _, tc := range []struct{ network, address, want string }{
 		{"tcp4", "127.0.0.1:80", "host"},
@@ -141,6 +145,7 @@ func TestListenersOfTheNamespace(t *testing.T) {
 		{"tcp4", "127.3.3.3:84", "host"},
 		{"tcp4", "127.0.0.1:85", "guest"}, // that one listens elsewhere
 		{"tcp4", "127.0.0.1:86", "guest"},
+		{"tcp4", "127.0.0.1:20000", "host"},
 	} {
 		wantFrom(t, pod, tc.network, tc.address, tc.want)
 	}

@@ -3,18 +3,11 @@
 package portforward
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/netip"
 	"os"
-	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -105,81 +98,4 @@ func listen(network, address string) (*net.TCPListener, error) {
 		return nil, err
 	}
 	return l.(*net.TCPListener), nil
-}
-
-// maxTaken bounds the ports that the program leaves alone.
-const maxTaken = 4096
-
-// takenPorts returns the TCP ports on which something listens at loopback or
-// at any address in the calling thread's network namespace.
-func takenPorts() ([]uint16, error) {
-	seen := make(map[uint16]bool)
-	var ports []uint16
-	for _, name := range []string{"tcp", "tcp6"} {
-		f, err := os.Open("/proc/thread-self/net/" + name)
-		if errors.Is(err, os.ErrNotExist) && name == "tcp6" {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		addrs, err := listening(f)
-		f.Close()
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f.Name(), err)
-		}
-		for _, a := range addrs {
-			ip := a.Addr().Unmap()
-			if (ip.IsLoopback() || ip.IsUnspecified()) && !seen[a.Port()] {
-				seen[a.Port()] = true
-				ports = append(ports, a.Port())
-			}
-		}
-	}
-	if len(ports) > maxTaken {
-		return nil, fmt.Errorf("%d; at most %d can be left alone", len(ports), maxTaken)
-	}
-	return ports, nil
-}
-
-// stateListen is TCP_LISTEN (include/net/tcp_states.h) in /proc/net/tcp.
-const stateListen = "0A"
-
-// listening returns the local addresses of the listening sockets in a table as
-// /proc/net/tcp is (Documentation/networking/proc_net_tcp.rst).
-func listening(r io.Reader) ([]netip.AddrPort, error) {
-	var all []netip.AddrPort
-	lines := bufio.NewScanner(r)
-	lines.Scan() // the heading
-	for lines.Scan() {
-		f := strings.Fields(lines.Text())
-		if len(f) < 4 {
-			return nil, fmt.Errorf("line %q is short", lines.Text())
-		}
-		if f[3] != stateListen {
-			continue
-		}
-		a, err := parseAddress(f[1])
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, a)
-	}
-	return all, lines.Err()
-}
-
-// parseAddress parses "0100007F:1F90": words of the address in the machine's
-// byte order and the port.
-func parseAddress(s string) (netip.AddrPort, error) {
-	host, port, _ := strings.Cut(s, ":")
-	ip, err := hex.DecodeString(host)
-	n, perr := strconv.ParseUint(port, 16, 16)
-	if err != nil || perr != nil || len(ip) != 4 && len(ip) != 16 {
-		return netip.AddrPort{}, fmt.Errorf("address %q is malformed", s)
-	}
-	for w := ip; len(w) > 0; w = w[4:] {
-		binary.NativeEndian.PutUint32(w, binary.BigEndian.Uint32(w))
-	}
-	addr, _ := netip.AddrFromSlice(ip)
-	return netip.AddrPortFrom(addr, uint16(n)), nil
 }

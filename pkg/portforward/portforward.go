@@ -276,7 +276,8 @@ func unsupported(err error, feature string) error {
 		return &UnsupportedError{"CAP_BPF and CAP_NET_ADMIN", err}
 	case errors.Is(err, unix.ENOSYS):
 		return &UnsupportedError{"the system call bpf", err}
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.E2BIG), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, ebpf.ErrNotSupported):
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.E2BIG), errors.Is(err, unix.EOPNOTSUPP),
+		errors.Is(err, unix.ENOENT), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, ebpf.ErrNotSupported):
 		return &UnsupportedError{feature, err}
 	}
 	return err

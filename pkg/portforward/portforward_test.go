@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -78,12 +79,16 @@ func dial(t testing.TB, pod *podns.Namespaces, network, address string) *net.TCP
 
 // guest is servers on a guest's loopback: what a DialFunc reaches.
 type guest struct {
+	pair func() (host, server relay.Conn, err error) // makes connections
+
 	mu    sync.Mutex
 	ports map[netip.AddrPort]func(relay.Conn)
 	dials []string
 }
 
-func newGuest() *guest { return &guest{ports: make(map[netip.AddrPort]func(relay.Conn))} }
+func newGuest() *guest {
+	return &guest{pair: tcpPair, ports: make(map[netip.AddrPort]func(relay.Conn))}
+}
 
 // listen has serve called with each connection to address.
 func (g *guest) listen(address string, serve func(relay.Conn)) {
@@ -104,7 +109,7 @@ func (g *guest) dial(_ context.Context, network string, port uint16) (portforwar
 	if serve == nil {
 		return nil, unix.ECONNREFUSED
 	}
-	host, server, err := tcpPair()
+	host, server, err := g.pair()
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +124,7 @@ func (g *guest) dialled() []string {
 }
 
 // tcpPair returns two ends of a connection in this process's own namespace.
-func tcpPair() (a, b *net.TCPConn, err error) {
+func tcpPair() (a, b relay.Conn, err error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, nil, err
@@ -135,6 +140,26 @@ func tcpPair() (a, b *net.TCPConn, err error) {
 		return nil, nil, err
 	}
 	return c.(*net.TCPConn), d.(*net.TCPConn), nil
+}
+
+// unixPair returns two ends of a connection without a reset of its own, as
+// vsock is.
+func unixPair() (a, b relay.Conn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var ends [2]relay.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socket")
+		c, cerr := net.FileConn(f)
+		f.Close()
+		if cerr != nil {
+			return nil, nil, cerr
+		}
+		ends[i] = c.(*net.UnixConn)
+	}
+	return ends[0], ends[1], nil
 }
 
 // say returns a server that writes text and closes.
@@ -311,19 +336,25 @@ func TestServerEndsFirst(t *testing.T) {
 }
 
 func TestResets(t *testing.T) {
-	t.Run("by the server", func(t *testing.T) {
-		g := newGuest()
-		g.listen("127.0.0.1:80", func(c relay.Conn) {
-			io.ReadFull(c, make([]byte, 1))
-			relay.Abort(c)
+	for _, tc := range []struct {
+		name string
+		pair func() (a, b relay.Conn, err error)
+	}{{"tcp", tcpPair}, {"unix", unixPair}} {
+		t.Run("by the server over "+tc.name, func(t *testing.T) {
+			g := newGuest()
+			g.pair = tc.pair
+			g.listen("127.0.0.1:80", func(c relay.Conn) {
+				io.ReadFull(c, make([]byte, 1))
+				relay.Abort(c)
+			})
+			pod, _ := start(t, g.dial)
+			c := dial(t, pod, "tcp4", "127.0.0.1:80")
+			io.WriteString(c, "x")
+			if _, err := io.ReadAll(c); !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("read = %v; want a reset", err)
+			}
 		})
-		pod, _ := start(t, g.dial)
-		c := dial(t, pod, "tcp4", "127.0.0.1:80")
-		io.WriteString(c, "x")
-		if _, err := io.ReadAll(c); !errors.Is(err, unix.ECONNRESET) {
-			t.Errorf("read = %v; want a reset", err)
-		}
-	})
+	}
 	t.Run("by the client", func(t *testing.T) {
 		result := make(chan error, 1)
 		g := newGuest()
@@ -428,7 +459,13 @@ func TestGuestTakesItsTime(t *testing.T) {
 // beside one to a server that listens in the namespace itself.
 func BenchmarkDial(b *testing.B) {
 	g := newGuest()
-	g.listen("127.0.0.1:80", say("x"))
+	g.pair = unixPair
+	g.listen("127.0.0.1:80", func(c relay.Conn) { // as the agent ends a connection
+		io.WriteString(c, "x")
+		c.CloseWrite()
+		io.Copy(io.Discard, c)
+		c.Close()
+	})
 	pod := podnstest.Open(b, podns.Config{})
 	l := listenIn(b, pod, "127.0.0.1:81")
 	go func() {
