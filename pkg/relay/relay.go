@@ -109,7 +109,7 @@ func (j *join) run(d *direction) {
 }
 
 func (d *direction) move() error {
-	if err := copyStream(d.dst, d.src); err != nil {
+	if err := copyStream(d.dst, d.src, idleAfter); err != nil {
 		return err
 	}
 	// It is ended before the peer can answer to that.
@@ -150,7 +150,7 @@ func peerClosed(c Conn) bool {
 }
 
 // copyStream copies until src ends, which is no error.
-func copyStream(dst io.Writer, src net.Conn) error {
+func copyStream(dst io.Writer, src net.Conn, idle time.Duration) error {
 	small := make([]byte, idleSize)
 	for {
 		n, err := src.Read(small)
@@ -160,7 +160,7 @@ func copyStream(dst io.Writer, src net.Conn) error {
 			}
 		}
 		if err == nil && n == len(small) {
-			err = copyBusy(dst, src)
+			err = copyBusy(dst, src, idle)
 		}
 		switch {
 		case errors.Is(err, io.EOF):
@@ -172,13 +172,13 @@ func copyStream(dst io.Writer, src net.Conn) error {
 }
 
 // copyBusy copies through a whole buffer until src was silent for once to
-// twice idleAfter, which is no error. The deadline is set once in a while
+// twice idle, which is no error. The deadline is set once in a while
 // instead of for each read.
-func copyBusy(dst io.Writer, src net.Conn) error {
+func copyBusy(dst io.Writer, src net.Conn, idle time.Duration) error {
 	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
 	for {
-		if err := src.SetReadDeadline(time.Now().Add(idleAfter)); err != nil {
+		if err := src.SetReadDeadline(time.Now().Add(idle)); err != nil {
 			return err
 		}
 		moved, err := copyUntilError(dst, src, buf[:])
