@@ -820,6 +820,654 @@ func (x *OpenPodRequest) GetShmBytes() uint64 {
 	return 0
 }
 
+// NetworkConfig is a network namespace's configuration. Addresses are written
+// as "10.0.0.1", prefixes as "10.0.0.0/24", hardware addresses as
+// "02:00:00:00:00:01".
+type NetworkConfig struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Interfaces []*NetworkInterface    `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	// routes are added in this order: what leads to a gateway comes before
+	// what goes through it.
+	Routes        []*NetworkRoute     `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	Neighbours    []*NetworkNeighbour `protobuf:"bytes,3,rep,name=neighbours,proto3" json:"neighbours,omitempty"`
+	Rules         []*NetworkRule      `protobuf:"bytes,4,rep,name=rules,proto3" json:"rules,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkConfig) Reset() {
+	*x = NetworkConfig{}
+	mi := &file_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkConfig) ProtoMessage() {}
+
+func (x *NetworkConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkConfig.ProtoReflect.Descriptor instead.
+func (*NetworkConfig) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *NetworkConfig) GetInterfaces() []*NetworkInterface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetRoutes() []*NetworkRoute {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetNeighbours() []*NetworkNeighbour {
+	if x != nil {
+		return x.Neighbours
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetRules() []*NetworkRule {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+type NetworkInterface struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// device is the hardware address with which the virtual machine's device
+	// was made, whatever it has now.
+	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Name   string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// mac is the address that the interface is to have.
+	Mac       string            `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	Mtu       uint32            `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Addresses []*NetworkAddress `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// down leaves the interface down.
+	Down bool `protobuf:"varint,6,opt,name=down,proto3" json:"down,omitempty"`
+	// accept_ra and disable_ipv6 are the values of the sysctls of these names
+	// (Documentation/networking/ip-sysctl).
+	AcceptRa      int32 `protobuf:"varint,7,opt,name=accept_ra,json=acceptRa,proto3" json:"accept_ra,omitempty"`
+	DisableIpv6   bool  `protobuf:"varint,8,opt,name=disable_ipv6,json=disableIpv6,proto3" json:"disable_ipv6,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkInterface) Reset() {
+	*x = NetworkInterface{}
+	mi := &file_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkInterface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkInterface) ProtoMessage() {}
+
+func (x *NetworkInterface) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkInterface.ProtoReflect.Descriptor instead.
+func (*NetworkInterface) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *NetworkInterface) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *NetworkInterface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkInterface) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *NetworkInterface) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *NetworkInterface) GetAddresses() []*NetworkAddress {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *NetworkInterface) GetDown() bool {
+	if x != nil {
+		return x.Down
+	}
+	return false
+}
+
+func (x *NetworkInterface) GetAcceptRa() int32 {
+	if x != nil {
+		return x.AcceptRa
+	}
+	return 0
+}
+
+func (x *NetworkInterface) GetDisableIpv6() bool {
+	if x != nil {
+		return x.DisableIpv6
+	}
+	return false
+}
+
+// NetworkAddress is an address of an interface, usable at once: IPv6 does not
+// look for duplicates.
+type NetworkAddress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// prefix is the address with the length of its subnet: "10.0.0.1/24".
+	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	// peer is the other end of a point-to-point address, with its prefix
+	// length, or empty.
+	Peer string `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"`
+	// broadcast is an IPv4 address or empty.
+	Broadcast string `protobuf:"bytes,3,opt,name=broadcast,proto3" json:"broadcast,omitempty"`
+	// scope is one of RT_SCOPE_* (linux/rtnetlink.h).
+	Scope uint32 `protobuf:"varint,4,opt,name=scope,proto3" json:"scope,omitempty"`
+	// no_prefix_route: the kernel adds no route to the prefix.
+	NoPrefixRoute bool `protobuf:"varint,5,opt,name=no_prefix_route,json=noPrefixRoute,proto3" json:"no_prefix_route,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkAddress) Reset() {
+	*x = NetworkAddress{}
+	mi := &file_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkAddress) ProtoMessage() {}
+
+func (x *NetworkAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkAddress.ProtoReflect.Descriptor instead.
+func (*NetworkAddress) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *NetworkAddress) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *NetworkAddress) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *NetworkAddress) GetBroadcast() string {
+	if x != nil {
+		return x.Broadcast
+	}
+	return ""
+}
+
+func (x *NetworkAddress) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *NetworkAddress) GetNoPrefixRoute() bool {
+	if x != nil {
+		return x.NoPrefixRoute
+	}
+	return false
+}
+
+type NetworkRoute struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// destination is a prefix, masked; "0.0.0.0/0" and "::/0" are the defaults.
+	Destination string `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	// hops are where it goes: none for a type that goes nowhere, several to
+	// share the load.
+	Hops []*NetworkHop `protobuf:"bytes,2,rep,name=hops,proto3" json:"hops,omitempty"`
+	// source is the preferred source address or empty.
+	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	// type is one of RTN_*, scope of RT_SCOPE_*, protocol of RTPROT_*.
+	Type     uint32 `protobuf:"varint,4,opt,name=type,proto3" json:"type,omitempty"`
+	Scope    uint32 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"`
+	Protocol uint32 `protobuf:"varint,6,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Table    uint32 `protobuf:"varint,7,opt,name=table,proto3" json:"table,omitempty"`
+	Metric   uint32 `protobuf:"varint,8,opt,name=metric,proto3" json:"metric,omitempty"`
+	// 0: the kernel's own.
+	Mtu           uint32 `protobuf:"varint,9,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Advmss        uint32 `protobuf:"varint,10,opt,name=advmss,proto3" json:"advmss,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkRoute) Reset() {
+	*x = NetworkRoute{}
+	mi := &file_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkRoute) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkRoute) ProtoMessage() {}
+
+func (x *NetworkRoute) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkRoute.ProtoReflect.Descriptor instead.
+func (*NetworkRoute) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *NetworkRoute) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *NetworkRoute) GetHops() []*NetworkHop {
+	if x != nil {
+		return x.Hops
+	}
+	return nil
+}
+
+func (x *NetworkRoute) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *NetworkRoute) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetTable() uint32 {
+	if x != nil {
+		return x.Table
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetMetric() uint32 {
+	if x != nil {
+		return x.Metric
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *NetworkRoute) GetAdvmss() uint32 {
+	if x != nil {
+		return x.Advmss
+	}
+	return 0
+}
+
+type NetworkHop struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// interface is its name in the guest.
+	Interface string `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	// gateway is an address, perhaps of another family than the destination,
+	// or empty.
+	Gateway string `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	// onlink: the gateway is reached on the interface, whatever the routes say.
+	Onlink bool `protobuf:"varint,3,opt,name=onlink,proto3" json:"onlink,omitempty"`
+	// weight is this hop's share, at least 1 where there are several.
+	Weight        uint32 `protobuf:"varint,4,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkHop) Reset() {
+	*x = NetworkHop{}
+	mi := &file_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkHop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkHop) ProtoMessage() {}
+
+func (x *NetworkHop) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkHop.ProtoReflect.Descriptor instead.
+func (*NetworkHop) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *NetworkHop) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NetworkHop) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *NetworkHop) GetOnlink() bool {
+	if x != nil {
+		return x.Onlink
+	}
+	return false
+}
+
+func (x *NetworkHop) GetWeight() uint32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+// NetworkNeighbour is a permanent entry of the neighbour table.
+type NetworkNeighbour struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkNeighbour) Reset() {
+	*x = NetworkNeighbour{}
+	mi := &file_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkNeighbour) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkNeighbour) ProtoMessage() {}
+
+func (x *NetworkNeighbour) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkNeighbour.ProtoReflect.Descriptor instead.
+func (*NetworkNeighbour) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *NetworkNeighbour) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NetworkNeighbour) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *NetworkNeighbour) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+// NetworkRule chooses a routing table.
+type NetworkRule struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Ipv6     bool                   `protobuf:"varint,1,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	Priority uint32                 `protobuf:"varint,2,opt,name=priority,proto3" json:"priority,omitempty"`
+	// source and destination are prefixes or empty.
+	Source      string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Destination string `protobuf:"bytes,4,opt,name=destination,proto3" json:"destination,omitempty"`
+	// input and output are names of interfaces or empty.
+	Input  string `protobuf:"bytes,5,opt,name=input,proto3" json:"input,omitempty"`
+	Output string `protobuf:"bytes,6,opt,name=output,proto3" json:"output,omitempty"`
+	Mark   uint32 `protobuf:"varint,7,opt,name=mark,proto3" json:"mark,omitempty"`
+	Mask   uint32 `protobuf:"varint,8,opt,name=mask,proto3" json:"mask,omitempty"`
+	Invert bool   `protobuf:"varint,9,opt,name=invert,proto3" json:"invert,omitempty"`
+	Table  uint32 `protobuf:"varint,10,opt,name=table,proto3" json:"table,omitempty"`
+	// suppress is one more than the length of the longest prefix whose routes
+	// the rule passes over; 0: it passes over none.
+	Suppress      uint32 `protobuf:"varint,11,opt,name=suppress,proto3" json:"suppress,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkRule) Reset() {
+	*x = NetworkRule{}
+	mi := &file_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkRule) ProtoMessage() {}
+
+func (x *NetworkRule) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
+func (*NetworkRule) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *NetworkRule) GetIpv6() bool {
+	if x != nil {
+		return x.Ipv6
+	}
+	return false
+}
+
+func (x *NetworkRule) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *NetworkRule) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *NetworkRule) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *NetworkRule) GetInput() string {
+	if x != nil {
+		return x.Input
+	}
+	return ""
+}
+
+func (x *NetworkRule) GetOutput() string {
+	if x != nil {
+		return x.Output
+	}
+	return ""
+}
+
+func (x *NetworkRule) GetMark() uint32 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *NetworkRule) GetMask() uint32 {
+	if x != nil {
+		return x.Mask
+	}
+	return 0
+}
+
+func (x *NetworkRule) GetInvert() bool {
+	if x != nil {
+		return x.Invert
+	}
+	return false
+}
+
+func (x *NetworkRule) GetTable() uint32 {
+	if x != nil {
+		return x.Table
+	}
+	return 0
+}
+
+func (x *NetworkRule) GetSuppress() uint32 {
+	if x != nil {
+		return x.Suppress
+	}
+	return 0
+}
+
 // Event is one of containerd's task events with guest pids in it.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -834,7 +1482,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +1494,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +1507,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Event) GetTopic() string {
@@ -945,12 +1593,71 @@ const file_agent_proto_rawDesc = "" +
 	"\tshm_bytes\x18\x05 \x01(\x04R\bshmBytes\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8b\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf8\x01\n" +
+	"\rNetworkConfig\x12?\n" +
+	"\n" +
+	"interfaces\x18\x01 \x03(\v2\x1f.vmrt.agent.v1.NetworkInterfaceR\n" +
+	"interfaces\x123\n" +
+	"\x06routes\x18\x02 \x03(\v2\x1b.vmrt.agent.v1.NetworkRouteR\x06routes\x12?\n" +
+	"\n" +
+	"neighbours\x18\x03 \x03(\v2\x1f.vmrt.agent.v1.NetworkNeighbourR\n" +
+	"neighbours\x120\n" +
+	"\x05rules\x18\x04 \x03(\v2\x1a.vmrt.agent.v1.NetworkRuleR\x05rules\"\xf3\x01\n" +
+	"\x10NetworkInterface\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12;\n" +
+	"\taddresses\x18\x05 \x03(\v2\x1d.vmrt.agent.v1.NetworkAddressR\taddresses\x12\x12\n" +
+	"\x04down\x18\x06 \x01(\bR\x04down\x12\x1b\n" +
+	"\taccept_ra\x18\a \x01(\x05R\bacceptRa\x12!\n" +
+	"\fdisable_ipv6\x18\b \x01(\bR\vdisableIpv6\"\x98\x01\n" +
+	"\x0eNetworkAddress\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x12\n" +
+	"\x04peer\x18\x02 \x01(\tR\x04peer\x12\x1c\n" +
+	"\tbroadcast\x18\x03 \x01(\tR\tbroadcast\x12\x14\n" +
+	"\x05scope\x18\x04 \x01(\rR\x05scope\x12&\n" +
+	"\x0fno_prefix_route\x18\x05 \x01(\bR\rnoPrefixRoute\"\x95\x02\n" +
+	"\fNetworkRoute\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12-\n" +
+	"\x04hops\x18\x02 \x03(\v2\x19.vmrt.agent.v1.NetworkHopR\x04hops\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x12\n" +
+	"\x04type\x18\x04 \x01(\rR\x04type\x12\x14\n" +
+	"\x05scope\x18\x05 \x01(\rR\x05scope\x12\x1a\n" +
+	"\bprotocol\x18\x06 \x01(\rR\bprotocol\x12\x14\n" +
+	"\x05table\x18\a \x01(\rR\x05table\x12\x16\n" +
+	"\x06metric\x18\b \x01(\rR\x06metric\x12\x10\n" +
+	"\x03mtu\x18\t \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06advmss\x18\n" +
+	" \x01(\rR\x06advmss\"t\n" +
+	"\n" +
+	"NetworkHop\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
+	"\x06onlink\x18\x03 \x01(\bR\x06onlink\x12\x16\n" +
+	"\x06weight\x18\x04 \x01(\rR\x06weight\"\\\n" +
+	"\x10NetworkNeighbour\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\"\x97\x02\n" +
+	"\vNetworkRule\x12\x12\n" +
+	"\x04ipv6\x18\x01 \x01(\bR\x04ipv6\x12\x1a\n" +
+	"\bpriority\x18\x02 \x01(\rR\bpriority\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12 \n" +
+	"\vdestination\x18\x04 \x01(\tR\vdestination\x12\x14\n" +
+	"\x05input\x18\x05 \x01(\tR\x05input\x12\x16\n" +
+	"\x06output\x18\x06 \x01(\tR\x06output\x12\x12\n" +
+	"\x04mark\x18\a \x01(\rR\x04mark\x12\x12\n" +
+	"\x04mask\x18\b \x01(\rR\x04mask\x12\x16\n" +
+	"\x06invert\x18\t \x01(\bR\x06invert\x12\x14\n" +
+	"\x05table\x18\n" +
+	" \x01(\rR\x05table\x12\x1a\n" +
+	"\bsuppress\x18\v \x01(\rR\bsuppress\"\x8b\x01\n" +
 	"\x05Event\x12\x14\n" +
 	"\x05topic\x18\x01 \x01(\tR\x05topic\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05event\x12.\n" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
-	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xc8\x05\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq2\x90\x06\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Clock\x12\x1b.vmrt.agent.v1.ClockRequest\x1a\x1c.vmrt.agent.v1.ClockResponse\x12:\n" +
 	"\x05Mount\x12\x1b.vmrt.agent.v1.MountRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
@@ -961,7 +1668,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"OnlineCPUs\x12 .vmrt.agent.v1.OnlineCPUsRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
 	"\aOpenPod\x12\x1d.vmrt.agent.v1.OpenPodRequest\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
-	"\bClosePod\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
+	"\bClosePod\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Empty\x12F\n" +
+	"\x10ConfigureNetwork\x12\x1c.vmrt.agent.v1.NetworkConfig\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
 	"\x06Events\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Event0\x01\x126\n" +
 	"\bShutdown\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.EmptyB\x1eZ\x1cgithub.com/vmrt/vmrt/api;apib\x06proto3"
 
@@ -977,7 +1685,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),                 // 0: vmrt.agent.v1.Hello
 	(*Welcome)(nil),               // 1: vmrt.agent.v1.Welcome
@@ -993,47 +1701,62 @@ var file_agent_proto_goTypes = []any{
 	(*DevicesResponse)(nil),       // 11: vmrt.agent.v1.DevicesResponse
 	(*OnlineCPUsRequest)(nil),     // 12: vmrt.agent.v1.OnlineCPUsRequest
 	(*OpenPodRequest)(nil),        // 13: vmrt.agent.v1.OpenPodRequest
-	(*Event)(nil),                 // 14: vmrt.agent.v1.Event
-	nil,                           // 15: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(*anypb.Any)(nil),             // 17: google.protobuf.Any
+	(*NetworkConfig)(nil),         // 14: vmrt.agent.v1.NetworkConfig
+	(*NetworkInterface)(nil),      // 15: vmrt.agent.v1.NetworkInterface
+	(*NetworkAddress)(nil),        // 16: vmrt.agent.v1.NetworkAddress
+	(*NetworkRoute)(nil),          // 17: vmrt.agent.v1.NetworkRoute
+	(*NetworkHop)(nil),            // 18: vmrt.agent.v1.NetworkHop
+	(*NetworkNeighbour)(nil),      // 19: vmrt.agent.v1.NetworkNeighbour
+	(*NetworkRule)(nil),           // 20: vmrt.agent.v1.NetworkRule
+	(*Event)(nil),                 // 21: vmrt.agent.v1.Event
+	nil,                           // 22: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*anypb.Any)(nil),             // 24: google.protobuf.Any
 }
 var file_agent_proto_depIdxs = []int32{
-	16, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
-	16, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
-	16, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
+	23, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
+	23, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
+	23, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
 	5,  // 3: vmrt.agent.v1.MountRequest.mounts:type_name -> vmrt.agent.v1.MountSpec
 	10, // 4: vmrt.agent.v1.DevicesResponse.devices:type_name -> vmrt.agent.v1.Device
-	15, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
-	17, // 6: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
-	16, // 7: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 8: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
-	6,  // 9: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
-	7,  // 10: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
-	8,  // 11: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
-	9,  // 12: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
-	2,  // 13: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
-	12, // 14: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
-	13, // 15: vmrt.agent.v1.Agent.OpenPod:input_type -> vmrt.agent.v1.OpenPodRequest
-	2,  // 16: vmrt.agent.v1.Agent.ClosePod:input_type -> vmrt.agent.v1.Empty
-	2,  // 17: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
-	2,  // 18: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
-	4,  // 19: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
-	2,  // 20: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
-	2,  // 21: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
-	2,  // 22: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
-	2,  // 23: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
-	11, // 24: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
-	2,  // 25: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
-	2,  // 26: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
-	2,  // 27: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
-	14, // 28: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
-	2,  // 29: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
-	19, // [19:30] is the sub-list for method output_type
-	8,  // [8:19] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	22, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	15, // 6: vmrt.agent.v1.NetworkConfig.interfaces:type_name -> vmrt.agent.v1.NetworkInterface
+	17, // 7: vmrt.agent.v1.NetworkConfig.routes:type_name -> vmrt.agent.v1.NetworkRoute
+	19, // 8: vmrt.agent.v1.NetworkConfig.neighbours:type_name -> vmrt.agent.v1.NetworkNeighbour
+	20, // 9: vmrt.agent.v1.NetworkConfig.rules:type_name -> vmrt.agent.v1.NetworkRule
+	16, // 10: vmrt.agent.v1.NetworkInterface.addresses:type_name -> vmrt.agent.v1.NetworkAddress
+	18, // 11: vmrt.agent.v1.NetworkRoute.hops:type_name -> vmrt.agent.v1.NetworkHop
+	24, // 12: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
+	23, // 13: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	3,  // 14: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
+	6,  // 15: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
+	7,  // 16: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
+	8,  // 17: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
+	9,  // 18: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
+	2,  // 19: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
+	12, // 20: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
+	13, // 21: vmrt.agent.v1.Agent.OpenPod:input_type -> vmrt.agent.v1.OpenPodRequest
+	2,  // 22: vmrt.agent.v1.Agent.ClosePod:input_type -> vmrt.agent.v1.Empty
+	14, // 23: vmrt.agent.v1.Agent.ConfigureNetwork:input_type -> vmrt.agent.v1.NetworkConfig
+	2,  // 24: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
+	2,  // 25: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
+	4,  // 26: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
+	2,  // 27: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
+	2,  // 28: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
+	2,  // 29: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
+	2,  // 30: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
+	11, // 31: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
+	2,  // 32: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
+	2,  // 33: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
+	2,  // 34: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
+	2,  // 35: vmrt.agent.v1.Agent.ConfigureNetwork:output_type -> vmrt.agent.v1.Empty
+	21, // 36: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
+	2,  // 37: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
+	26, // [26:38] is the sub-list for method output_type
+	14, // [14:26] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -1047,7 +1770,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -17,6 +17,7 @@ type AgentService interface {
 	OnlineCPUs(context.Context, *OnlineCPUsRequest) (*Empty, error)
 	OpenPod(context.Context, *OpenPodRequest) (*Empty, error)
 	ClosePod(context.Context, *Empty) (*Empty, error)
+	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty, Agent_EventsServer) error
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
@@ -100,6 +101,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.ClosePod(ctx, &req)
 			},
+			"ConfigureNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req NetworkConfig
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ConfigureNetwork(ctx, &req)
+			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req Empty
 				if err := unmarshal(&req); err != nil {
@@ -134,6 +142,7 @@ type AgentClient interface {
 	OnlineCPUs(context.Context, *OnlineCPUsRequest) (*Empty, error)
 	OpenPod(context.Context, *OpenPodRequest) (*Empty, error)
 	ClosePod(context.Context, *Empty) (*Empty, error)
+	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty) (Agent_EventsClient, error)
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
@@ -215,6 +224,14 @@ func (c *agentClient) OpenPod(ctx context.Context, req *OpenPodRequest) (*Empty,
 func (c *agentClient) ClosePod(ctx context.Context, req *Empty) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "ClosePod", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) ConfigureNetwork(ctx context.Context, req *NetworkConfig) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "ConfigureNetwork", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

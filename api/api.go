@@ -56,6 +56,17 @@ const (
 	Runtime = "/bin/crun"
 )
 
+// What a NetworkConfig holds at most. It is far more than pods have, and far
+// less than a ttrpc message of 4 MiB could carry.
+const (
+	MaxInterfaces = 64
+	MaxAddresses  = 256 // of one interface
+	MaxRoutes     = 4096
+	MaxHops       = 64 // of one route
+	MaxNeighbours = 4096
+	MaxRules      = 1024
+)
+
 // identifier is containerd's rule for container and exec ids
 // (pkg/identifiers): it keeps an id usable as one path element.
 var identifier = regexp.MustCompile(`^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$`)

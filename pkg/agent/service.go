@@ -23,6 +23,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/fsmount"
 	"github.com/vmrt/vmrt/pkg/agent/pod"
+	"github.com/vmrt/vmrt/pkg/agent/network"
 )
 
 // service is vmrt.agent.v1.Agent. Its methods may be called concurrently.
@@ -30,6 +31,8 @@ type service struct {
 	events   *events.Queue
 	pod      *pod.Pod
 	powerOff func()
+
+	network network.Network
 
 	cpuMu sync.Mutex // for the whole of a change of CPUs
 }
@@ -107,7 +110,15 @@ func (s *service) Devices(context.Context, *api.Empty) (*api.DevicesResponse, er
 func (s *service) OnlineCPUs(_ context.Context, r *api.OnlineCPUsRequest) (*api.Empty, error) {
 	s.cpuMu.Lock()
 	defer s.cpuMu.Unlock()
-	return done(cpu.SetOnline(cpu.Root, int(min(r.Count, 1<<16))))
+	err := cpu.SetOnline(cpu.Root, int(min(r.Count, 1<<16)))
+	if err == nil {
+		err = s.network.UseQueues()
+	}
+	return done(err)
+}
+
+func (s *service) ConfigureNetwork(_ context.Context, r *api.NetworkConfig) (*api.Empty, error) {
+	return done(s.network.Configure(r))
 }
 
 func (s *service) OpenPod(_ context.Context, r *api.OpenPodRequest) (*api.Empty, error) {

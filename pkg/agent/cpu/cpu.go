@@ -36,12 +36,7 @@ func SetOnline(root string, count int) error {
 	if count < 1 || count > len(cpus) {
 		return fmt.Errorf("%d CPUs online: the machine has %d: %w", count, len(cpus), errdefs.ErrOutOfRange)
 	}
-	online := 0
-	for _, c := range cpus {
-		if c.online {
-			online++
-		}
-	}
+	online := countOnline(cpus)
 	for _, c := range cpus {
 		if online >= count {
 			break
@@ -65,6 +60,25 @@ func SetOnline(root string, count int) error {
 		}
 	}
 	return nil
+}
+
+// Online returns how many CPUs are online.
+func Online(root string) (int, error) {
+	cpus, err := list(root)
+	if err != nil {
+		return 0, fmt.Errorf("list CPUs: %w", err)
+	}
+	return countOnline(cpus), nil
+}
+
+func countOnline(cpus []state) int {
+	online := 0
+	for _, c := range cpus {
+		if c.online {
+			online++
+		}
+	}
+	return online
 }
 
 func (s state) set(value string) error {

@@ -66,6 +66,10 @@ func TestSetOnline(t *testing.T) {
 		if got.String() != tt.want {
 			t.Errorf("SetOnline(%v, %d) left %s; want %s", tt.before, tt.count, got.String(), tt.want)
 		}
+		online, err := Online(root)
+		if want := strings.Count(strings.ReplaceAll(tt.want, "-", "1"), "1"); online != want || err != nil {
+			t.Errorf("Online() after SetOnline(%v, %d) = %d, %v; want %d", tt.before, tt.count, online, err, want)
+		}
 	}
 }
 

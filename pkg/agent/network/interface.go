@@ -1,0 +1,200 @@
+package network
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"strconv"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+)
+
+// iface is an interface as it is to be.
+type iface struct {
+	device      string // its hardware address when the machine was made
+	name        string
+	mac         net.HardwareAddr
+	mtu         int
+	addresses   []*netlink.Addr
+	down        bool
+	acceptRA    int32
+	disableIPv6 bool
+}
+
+// dumpAttempts is how often a list is asked for that changed while it was
+// handed over.
+const dumpAttempts = 8
+
+func list(h *netlink.Handle) ([]netlink.Link, error) {
+	for attempt := 1; ; attempt++ {
+		links, err := h.LinkList()
+		switch {
+		case err == nil:
+			return links, nil
+		case !errors.Is(err, netlink.ErrDumpInterrupted) || attempt == dumpAttempts:
+			return nil, fmt.Errorf("list interfaces: %w", err)
+		}
+	}
+}
+
+// identity is the hardware address with which a device was made.
+func identity(l netlink.Link) string {
+	a := l.Attrs()
+	if len(a.PermHWAddr) == 6 {
+		return a.PermHWAddr.String()
+	}
+	return a.HardwareAddr.String()
+}
+
+// find returns the device of each interface, out of the parking if need be.
+func (n *Network) find(h *netlink.Handle, want []iface) ([]netlink.Link, error) {
+	links, err := list(h)
+	if err != nil {
+		return nil, err
+	}
+	found := make([]netlink.Link, len(want))
+	for i, w := range want {
+		l := byIdentity(links, w.device)
+		if l == nil {
+			if l, err = n.unpark(h, w.device); err != nil {
+				return nil, fmt.Errorf("interface %s: %w", w.name, err)
+			}
+		}
+		if l == nil {
+			return nil, fmt.Errorf("interface %s: device %s: %w", w.name, w.device, errdefs.ErrNotFound)
+		}
+		found[i] = l
+	}
+	if n.claimed == nil {
+		n.claimed = make(map[string]bool)
+	}
+	for _, w := range want {
+		n.claimed[w.device] = true
+	}
+	return found, nil
+}
+
+func byIdentity(links []netlink.Link, device string) netlink.Link {
+	for _, l := range links {
+		if identity(l) == device {
+			return l
+		}
+	}
+	return nil
+}
+
+// rename gives each device the name of its interface. Names are swapped by way
+// of others. found is kept up to date.
+func rename(h *netlink.Handle, want []iface, found []netlink.Link) error {
+	links, err := list(h)
+	if err != nil {
+		return err
+	}
+	for i, w := range want {
+		if found[i].Attrs().Name == w.name {
+			continue
+		}
+		for _, l := range links {
+			a := l.Attrs()
+			if a.Name != w.name || a.Index == found[i].Attrs().Index {
+				continue
+			}
+			// An index is nobody else's, so this name is free.
+			if err := setName(h, l, fmt.Sprintf("vmrt%d", a.Index)); err != nil {
+				return err
+			}
+			for _, f := range found {
+				if f.Attrs().Index == a.Index {
+					f.Attrs().Name = a.Name
+				}
+			}
+		}
+		if err := setName(h, found[i], w.name); err != nil {
+			return err
+		}
+		for _, l := range links {
+			if l.Attrs().Index == found[i].Attrs().Index {
+				l.Attrs().Name = w.name
+			}
+		}
+	}
+	return nil
+}
+
+// setName renames a device, which must be down for that.
+func setName(h *netlink.Handle, l netlink.Link, name string) error {
+	a := l.Attrs()
+	up := a.Flags&net.FlagUp != 0
+	err := error(nil)
+	if up {
+		err = h.LinkSetDown(l)
+	}
+	if err == nil {
+		err = h.LinkSetName(l, name)
+	}
+	if err == nil && up {
+		err = h.LinkSetUp(l)
+	}
+	if err != nil {
+		return fmt.Errorf("rename interface %s to %s: %w", a.Name, name, err)
+	}
+	a.Name = name
+	return nil
+}
+
+// configure gives a device everything but its name.
+func (i *iface) configure(h *netlink.Handle, l netlink.Link) error {
+	a := l.Attrs()
+	if !bytes.Equal(a.HardwareAddr, i.mac) {
+		if err := h.LinkSetHardwareAddr(l, i.mac); err != nil {
+			return fmt.Errorf("set hardware address %s: %w", i.mac, err)
+		}
+	}
+	if a.MTU != i.mtu {
+		if err := h.LinkSetMTU(l, i.mtu); err != nil {
+			return fmt.Errorf("set MTU %d: %w", i.mtu, err)
+		}
+	}
+	if err := i.setSysctls(); err != nil {
+		return err
+	}
+	if err := useQueues(i.name); err != nil {
+		return err
+	}
+	if !i.down {
+		if err := h.LinkSetUp(l); err != nil {
+			return fmt.Errorf("bring up: %w", err)
+		}
+	}
+	for _, addr := range i.addresses {
+		if err := h.AddrReplace(l, addr); err != nil {
+			return fmt.Errorf("add address %s: %w", addr.IPNet, err)
+		}
+	}
+	return nil
+}
+
+// setSysctls decides about IPv6 before the interface comes up. A kernel without
+// IPv6 has none of the settings.
+func (i *iface) setSysctls() error {
+	disable := "0"
+	if i.disableIPv6 {
+		disable = "1"
+	}
+	for _, s := range []struct{ name, value string }{
+		{"disable_ipv6", disable},
+		{"accept_ra", strconv.Itoa(int(i.acceptRA))},
+		// Nor does the link-local address wait for a second.
+		{"accept_dad", "0"},
+	} {
+		err := os.WriteFile("/proc/sys/net/ipv6/conf/"+i.name+"/"+s.name, []byte(s.value), 0)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("set %s to %s: %w", s.name, s.value, err)
+		}
+	}
+	return nil
+}
