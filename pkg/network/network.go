@@ -159,16 +159,12 @@ func (d *device) connect(h *netlink.Handle, iface Interface) error {
 		return fmt.Errorf("tap %s: %w", d.tap.name, err)
 	}
 	if !iface.AllMulticast {
-		if err := h.LinkSetAllmulticastOn(linkOf(iface)); err != nil {
+		if err := h.LinkSetAllmulticastOn(linkAt(iface.Index)); err != nil {
 			return fmt.Errorf("receive all multicast: %w", err)
 		}
 		d.multicast = true
 	}
 	return nil
-}
-
-func linkOf(i Interface) netlink.Link {
-	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: i.Index, Name: i.Name}}
 }
 
 // part undoes join. What the CNI has deleted meanwhile is no error.
@@ -178,7 +174,7 @@ func (d *device) part(h *netlink.Handle) error {
 	}
 	err := errors.Join(removeRedirect(h, d.joined.Index), removeRedirect(h, d.tap.index))
 	if d.multicast {
-		if e := h.LinkSetAllmulticastOff(linkOf(d.joined)); e != nil && !gone(e) {
+		if e := h.LinkSetAllmulticastOff(linkAt(d.joined.Index)); e != nil && !gone(e) {
 			err = errors.Join(err, fmt.Errorf("stop receiving all multicast: %w", e))
 		}
 	}

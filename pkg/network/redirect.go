@@ -77,12 +77,33 @@ func removeRedirect(h *netlink.Handle, link int) error {
 	if err != nil || found.foreign {
 		return err
 	}
-	// There may be no hook any more, or one of another kind (clsact).
-	err = h.QdiscDel(ingress(link))
-	if err == nil || gone(err) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) {
+	return removeHook(h, link)
+}
+
+// removeHook removes the ingress hook, unless it is a clsact: that has an
+// egress side as well, and is never ours.
+func removeHook(h *netlink.Handle, link int) error {
+	qdiscs, err := dump(func() ([]netlink.Qdisc, error) { return h.QdiscList(linkAt(link)) })
+	if gone(err) {
 		return nil
 	}
-	return fmt.Errorf("remove ingress hook: %w", err)
+	if err != nil {
+		return fmt.Errorf("list queueing disciplines: %w", err)
+	}
+	for _, q := range qdiscs {
+		if q.Attrs().Parent != netlink.HANDLE_INGRESS || q.Type() != "ingress" {
+			continue
+		}
+		if err := h.QdiscDel(ingress(link)); err != nil && !gone(err) {
+			return fmt.Errorf("remove ingress hook: %w", err)
+		}
+	}
+	return nil
+}
+
+// linkAt names an interface to netlink by its number.
+func linkAt(link int) netlink.Link {
+	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: link}}
 }
 
 func removeFilter(h *netlink.Handle, link int) error {
@@ -104,7 +125,7 @@ type filters struct {
 func findFilters(h *netlink.Handle, link int) (filters, error) {
 	var found filters
 	list, err := dump(func() ([]netlink.Filter, error) {
-		return h.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: link}}, netlink.HANDLE_MIN_INGRESS)
+		return h.FilterList(linkAt(link), netlink.HANDLE_MIN_INGRESS)
 	})
 	if err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) {
 		return found, fmt.Errorf("list filters: %w", err)
