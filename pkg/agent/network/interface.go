@@ -41,7 +41,8 @@ func list(h *netlink.Handle) ([]netlink.Link, error) {
 	}
 }
 
-// identity is the hardware address with which a device was made.
+// identity is the hardware address with which a device was made, if its driver
+// says, else the one that it has.
 func identity(l netlink.Link) string {
 	a := l.Attrs()
 	if len(a.PermHWAddr) == 6 {
@@ -51,6 +52,7 @@ func identity(l netlink.Link) string {
 }
 
 // find returns the device of each interface, out of the parking if need be.
+// Network.mu is held.
 func (n *Network) find(h *netlink.Handle, want []iface) ([]netlink.Link, error) {
 	links, err := list(h)
 	if err != nil {
@@ -58,7 +60,7 @@ func (n *Network) find(h *netlink.Handle, want []iface) ([]netlink.Link, error) 
 	}
 	found := make([]netlink.Link, len(want))
 	for i, w := range want {
-		l := byIdentity(links, w.device)
+		l := n.lookUp(links, w.device)
 		if l == nil {
 			if l, err = n.unpark(h, w.device); err != nil {
 				return nil, fmt.Errorf("interface %s: %w", w.name, err)
@@ -70,21 +72,33 @@ func (n *Network) find(h *netlink.Handle, want []iface) ([]netlink.Link, error) 
 		found[i] = l
 	}
 	if n.claimed == nil {
-		n.claimed = make(map[string]bool)
+		n.claimed = make(map[string]int)
 	}
-	for _, w := range want {
-		n.claimed[w.device] = true
+	for i, w := range want {
+		n.claimed[w.device] = found[i].Attrs().Index
 	}
 	return found, nil
 }
 
-func byIdentity(links []netlink.Link, device string) netlink.Link {
+// lookUp finds a device that an earlier call has named by its number, since
+// some have lost their first address with that call.
+func (n *Network) lookUp(links []netlink.Link, device string) netlink.Link {
+	index, claimed := n.claimed[device]
 	for _, l := range links {
-		if identity(l) == device {
+		if claimed && l.Attrs().Index == index || !claimed && identity(l) == device && !n.isClaimed(l) {
 			return l
 		}
 	}
 	return nil
+}
+
+func (n *Network) isClaimed(l netlink.Link) bool {
+	for _, index := range n.claimed {
+		if index == l.Attrs().Index {
+			return true
+		}
+	}
+	return false
 }
 
 // rename gives each device the name of its interface. Names are swapped by way

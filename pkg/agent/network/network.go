@@ -34,8 +34,8 @@ const timeout = 10 * time.Second
 // called. The zero value is ready to use.
 type Network struct {
 	mu      sync.Mutex
-	claimed map[string]bool // guarded by mu; devices that were named, by hardware address
-	parking *parking        // guarded by mu; nil until something was parked
+	claimed map[string]int // guarded by mu; numbers of the devices that were named
+	parking *parking       // guarded by mu; nil until something was parked
 }
 
 // Configure makes what cfg describes. Errors name the object, and are of the

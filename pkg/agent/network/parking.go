@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -60,7 +61,7 @@ func (n *Network) park(h *netlink.Handle) error {
 		a := l.Attrs()
 		// netlink's name for hardware is "device". Whatever a container may
 		// have made is of another type.
-		if l.Type() != "device" || a.EncapType != "ether" || a.Flags&net.FlagLoopback != 0 || n.claimed[identity(l)] {
+		if l.Type() != "device" || a.EncapType != "ether" || a.Flags&net.FlagLoopback != 0 || n.isClaimed(l) {
 			continue
 		}
 		if n.parking == nil {
@@ -84,8 +85,8 @@ func (n *Network) unpark(h *netlink.Handle, device string) (netlink.Link, error)
 	if err != nil {
 		return nil, err
 	}
-	l := byIdentity(links, device)
-	if l == nil {
+	i := slices.IndexFunc(links, func(l netlink.Link) bool { return identity(l) == device })
+	if i < 0 {
 		return nil, nil
 	}
 	here, err := os.Open("/proc/thread-self/ns/net")
@@ -93,11 +94,11 @@ func (n *Network) unpark(h *netlink.Handle, device string) (netlink.Link, error)
 		return nil, err
 	}
 	defer here.Close()
-	if err := n.parking.handle.LinkSetNsFd(l, int(here.Fd())); err != nil {
+	if err := n.parking.handle.LinkSetNsFd(links[i], int(here.Fd())); err != nil {
 		return nil, fmt.Errorf("bring back device %s: %w", device, err)
 	}
 	if links, err = list(h); err != nil {
 		return nil, err
 	}
-	return byIdentity(links, device), nil
+	return n.lookUp(links, device), nil
 }

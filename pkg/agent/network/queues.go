@@ -39,7 +39,7 @@ func (n *Network) UseQueues() error {
 	}
 	var errs []error
 	for _, l := range links {
-		if l.Type() == "device" && n.claimed[identity(l)] {
+		if l.Type() == "device" && n.isClaimed(l) {
 			errs = append(errs, useQueues(l.Attrs().Name))
 		}
 	}
