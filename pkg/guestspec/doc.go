@@ -84,7 +84,8 @@
 //
 // # The rest
 //
-//   - seccomp is kept whole; one with a listener is an error. sysctl,
+//   - seccomp is kept whole, with one rule more that does nothing and has a
+//     hash of the rest; one with a listener is an error. sysctl,
 //     maskedPaths, readonlyPaths, rootfsPropagation, personality, hostname
 //     and domainname are kept. intelRdt and netDevices are errors.
 //   - Annotations are dropped: OCI runtimes act on some of them.

@@ -160,7 +160,6 @@ func rewriteLinux(in Input, src *specs.Spec, rep *report) (*specs.Linux, error) 
 	out := &specs.Linux{
 		Sysctl:            l.Sysctl,
 		CgroupsPath:       path.Join(CgroupRoot, in.ID),
-		Seccomp:           l.Seccomp,
 		RootfsPropagation: l.RootfsPropagation,
 		MaskedPaths:       l.MaskedPaths,
 		ReadonlyPaths:     l.ReadonlyPaths,
@@ -169,6 +168,9 @@ func rewriteLinux(in Input, src *specs.Spec, rep *report) (*specs.Linux, error) 
 	}
 	var err error
 	if out.Namespaces, err = rewriteNamespaces(src, in.PodNamespaces); err != nil {
+		return nil, err
+	}
+	if out.Seccomp, err = rewriteSeccomp(l.Seccomp); err != nil {
 		return nil, err
 	}
 	if out.Resources, err = rewriteResources(l.Resources, rep); err != nil {

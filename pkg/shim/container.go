@@ -138,6 +138,15 @@ func (c *container) processes() []*process {
 	return append(all, c.init)
 }
 
+// beginPause notes that the container is being paused, and returns what was
+// noted before.
+func (c *container) beginPause() (before task.Status) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before, c.pausing = c.pausing, statusPausing
+	return before
+}
+
 // setPausing notes the container's pause state; task.Status_UNKNOWN for none.
 func (c *container) setPausing(state task.Status) {
 	c.mu.Lock()
@@ -155,6 +164,21 @@ func (c *container) status(p *process) task.Status {
 		return c.pausing
 	}
 	return state
+}
+
+// takesExec returns an error in runc's words if the exec p cannot be started
+// now. It may be later.
+func (c *container) takesExec(p *process) error {
+	if p == c.init {
+		return nil
+	}
+	switch c.status(c.init) {
+	case statusStopped:
+		return fmt.Errorf("container %s init process is not running: %w", c.id, errdefs.ErrFailedPrecondition)
+	case statusPaused, statusPausing:
+		return fmt.Errorf("OCI runtime exec failed: exec failed: cannot exec in a paused container: %w", errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // beginDelete returns false when a Delete of the container runs already.

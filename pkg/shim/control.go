@@ -55,7 +55,7 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 	case state == task.Status_UNKNOWN:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
 	case state == statusCreated && p != c.init:
-		return nil, errgrpc.ToGRPC(fmt.Errorf("process not started: %w", errdefs.ErrFailedPrecondition))
+		return nil, errgrpc.ToGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
 	}
 	if c.isPod {
 		s.killPod(ctx, c, syscall.Signal(r.Signal))
@@ -94,9 +94,10 @@ func (s *service) watchAnchor(c *container, a *anchor.Anchor) {
 // Pause freezes the container.
 func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
 	err := s.ask(ctx, "pause container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
-		c.setPausing(statusPausing)
+		before := c.beginPause()
 		if _, err := sb.Tasks().Pause(ctx, &taskapi.PauseRequest{ID: r.ID}); err != nil {
-			c.setPausing(task.Status_UNKNOWN)
+			// A container that is paused already stays so.
+			c.setPausing(before)
 			return err
 		}
 		c.setPausing(statusPaused)
@@ -131,7 +132,9 @@ func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	if state, _, _ := p.snapshot(); state == statusStopped {
+	if state, _, _ := p.snapshot(); state == statusStopped && !p.stdio.Terminal && r.ExecID == "" {
+		return empty, nil // As runc: nothing to size.
+	} else if state == statusStopped {
 		return nil, errgrpc.ToGRPC(errors.New("cannot resize a stopped container"))
 	} else if state == statusCreated && r.ExecID != "" {
 		// The guest does not know the exec yet. Its size is sent with Start.

@@ -81,9 +81,9 @@ func (s *service) drain(ctx context.Context, c *container, p *process, remove fu
 }
 
 func (s *service) deleteContainer(ctx context.Context, c *container) error {
-	switch state, _, _ := c.init.snapshot(); state {
-	case statusRunning:
-		return fmt.Errorf("cannot delete a running process: %w", errdefs.ErrFailedPrecondition)
+	switch state := c.status(c.init); state {
+	case statusRunning, statusPaused, statusPausing:
+		return fmt.Errorf("cannot delete a %s process: %w", stateName(state), errdefs.ErrFailedPrecondition)
 	case statusCreated:
 		if err := s.killCreated(ctx, c); err != nil {
 			return err

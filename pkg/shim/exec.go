@@ -74,11 +74,16 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	sb, err := s.guest()
-	if err != nil {
+	if err := p.beginStart(c.status(p)); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	if err := p.requireState("cannot start", statusCreated); err != nil {
+	if err := c.takesExec(p); err != nil {
+		p.startFailed()
+		return nil, errgrpc.ToGRPC(err)
+	}
+	sb, err := s.guest()
+	if err != nil {
+		p.startFailed()
 		return nil, errgrpc.ToGRPC(err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, createTimeout)
@@ -90,6 +95,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		err = s.startExec(ctx, sb, c, p)
 	}
 	if err != nil {
+		p.startFailed()
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return &taskapi.StartResponse{Pid: pid}, nil

@@ -36,6 +36,8 @@ type process struct {
 	// status and exitedAt are final once state is STOPPED.
 	status   uint32
 	exitedAt time.Time
+	// starting is true from the first Start on, unless that has failed.
+	starting bool
 	// io is nil while the process has no streams.
 	io *stdio.IO
 	// guest is true once the guest may know the process.
@@ -76,14 +78,31 @@ func (p *process) snapshot() (state task.Status, status uint32, exitedAt time.Ti
 	return p.state, p.status, p.exitedAt
 }
 
-// requireState returns a FailedPrecondition error that names op unless the
-// process is in state.
-func (p *process) requireState(op string, want task.Status) error {
-	state, _, _ := p.snapshot()
-	if state == want {
-		return nil
+// beginStart claims the start of a process that was created and not started;
+// seen is the state that clients see. One caller only gets nil: a second start
+// would count against the first in the guest's task service.
+func (p *process) beginStart(seen task.Status) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.state != task.Status_CREATED && seen == task.Status_CREATED:
+		seen = p.state // It changed a moment ago.
+	case p.state == task.Status_CREATED && p.starting:
+		seen = task.Status_RUNNING
 	}
-	return fmt.Errorf("%s: process is %s, want %s: %w", op, stateName(state), stateName(want), errdefs.ErrFailedPrecondition)
+	if seen != task.Status_CREATED {
+		return fmt.Errorf("cannot start a %s process: %w", stateName(seen), errdefs.ErrFailedPrecondition)
+	}
+	p.starting = true
+	return nil
+}
+
+// startFailed lets an init whose start has failed be started again, as runc
+// does; an exec has stopped by then.
+func (p *process) startFailed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.starting = false
 }
 
 // wait returns when the process has exited or ctx ends.

@@ -54,7 +54,7 @@ func BenchmarkLifecycle(b *testing.B) {
 // logged returns a duration that the shim logged at the end of the boot.
 func (s *shim) logged(field string) time.Duration {
 	s.t.Helper()
-	m := regexp.MustCompile(field + `=(\S+)`).FindStringSubmatch(s.logText())
+	m := regexp.MustCompile(field + `=(\S+)`).FindStringSubmatch(s.log.String())
 	if m == nil {
 		s.t.Fatalf("the shim's log has no %s", field)
 	}

@@ -24,10 +24,9 @@ import (
 	eventsapi "github.com/containerd/containerd/api/services/ttrpc/events/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/ttrpc"
-	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 // callTimeout bounds each request of a test.
@@ -77,62 +76,8 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// events is a containerd that only takes events.
-type events struct {
-	mu  sync.Mutex
-	all []any
-	new chan struct{}
-}
-
-func (e *events) Forward(_ context.Context, r *eventsapi.ForwardRequest) (*emptypb.Empty, error) {
-	v, err := typeurl.UnmarshalAny(r.GetEnvelope().GetEvent())
-	if err != nil {
-		return nil, err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.all = append(e.all, v)
-	close(e.new)
-	e.new = make(chan struct{})
-	return &emptypb.Empty{}, nil
-}
-
-// list returns the events so far and a channel that is closed at the next.
-func (e *events) list() ([]any, <-chan struct{}) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return append([]any(nil), e.all...), e.new
-}
-
-// waitFor returns the first event that match accepts.
-func waitFor[T any](t testing.TB, e *events, match func(T) bool) T {
-	t.Helper()
-	timeout := time.After(callTimeout)
-	for {
-		all, more := e.list()
-		for _, ev := range all {
-			if v, ok := ev.(T); ok && match(v) {
-				return v
-			}
-		}
-		select {
-		case <-more:
-		case <-timeout:
-			var zero T
-			t.Fatalf("no event %T came that matches; have %v", zero, describe(all))
-		}
-	}
-}
-
-func describe(all []any) string {
-	var b strings.Builder
-	for _, ev := range all {
-		fmt.Fprintf(&b, "%T{%v} ", ev, ev)
-	}
-	return b.String()
-}
-
-// shim is a running shim with the bundle of its first container.
+// shim is a running shim, seen from one of its containers. Its methods fail t,
+// so a subtest uses a shim of its own: see in and add.
 type shim struct {
 	t      testing.TB
 	id     string
@@ -141,10 +86,11 @@ type shim struct {
 	events *events
 	client *ttrpc.Client
 	task   taskapi.TTRPCTaskService
-	logMu  sync.Mutex
-	log    bytes.Buffer
+	log    *shimLog
 	config string
 	ctx    context.Context
+	// runtime is what is under test; nil for vmrt.
+	runtime *runtime
 	// killed is set by tests that kill the shim: its socket then stays until
 	// containerd replaces it, as runc's does.
 	killed bool
@@ -158,6 +104,17 @@ type options struct {
 	config string
 	// rootfs changes the root file system.
 	rootfs func(dir string)
+	// bundle changes the bundle once it is complete.
+	bundle func(dir string)
+	// runtime is what is tested in place of vmrt.
+	runtime *runtime
+}
+
+// runtime is a shim binary other than vmrt's, as a control.
+type runtime struct {
+	binary string
+	// options are what its Create wants.
+	options *anypb.Any
 }
 
 var nextID struct {
@@ -182,8 +139,13 @@ func newShim(t testing.TB, o options) *shim {
 // newShimOf is newShim with a bundle that makeBundle makes.
 func newShimOf(t testing.TB, o options, makeBundle func(*shim)) *shim {
 	t.Helper()
-	requireVM(t)
-	s := &shim{t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})}}
+	if o.runtime == nil {
+		requireVM(t)
+	}
+	s := &shim{
+		t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})},
+		log: &shimLog{}, runtime: o.runtime,
+	}
 	s.ctx = namespaces.WithNamespace(context.Background(), namespace)
 	s.writeConfig(o.config)
 	makeBundle(s)
@@ -191,6 +153,24 @@ func newShimOf(t testing.TB, o options, makeBundle func(*shim)) *shim {
 	s.start(address)
 	t.Cleanup(s.end)
 	return s
+}
+
+// in returns the same shim and container for a subtest.
+func (s *shim) in(t testing.TB) *shim {
+	view := *s
+	view.t = t
+	return &view
+}
+
+// add makes the bundle of a further container, which the same shim, and so the
+// same virtual machine, is asked to run. It is deleted at the end of t.
+func (s *shim) add(t testing.TB, o options) *shim {
+	t.Helper()
+	c := s.in(t)
+	c.id = newID()
+	c.bundle = c.writeBundle(c.id, o)
+	t.Cleanup(c.remove)
+	return c
 }
 
 func (s *shim) writeConfig(extra string) {
@@ -219,6 +199,9 @@ func (s *shim) writeBundle(id string, o options) string {
 	}
 	if err := os.WriteFile(filepath.Join(bundle, "config.json"), b, 0o644); err != nil {
 		s.t.Fatal(err)
+	}
+	if o.bundle != nil {
+		o.bundle(bundle)
 	}
 	return bundle
 }
@@ -295,7 +278,11 @@ func (s *shim) runBinary(stdin io.Reader, action string) []byte {
 
 func (s *shim) runBinaryContext(ctx context.Context, stdin io.Reader, action string) []byte {
 	s.t.Helper()
-	cmd := exec.CommandContext(ctx, filepath.Join(shimDir(s.t), "containerd-shim-vmrt-v2"),
+	binary := filepath.Join(shimDir(s.t), "containerd-shim-vmrt-v2")
+	if s.runtime != nil {
+		binary = s.runtime.binary
+	}
+	cmd := exec.CommandContext(ctx, binary,
 		"-namespace", namespace, "-id", s.id, "-address", filepath.Join(s.dir, "containerd.sock"),
 		"-bundle", s.bundle, "-debug", action)
 	cmd.Dir = s.bundle
@@ -325,31 +312,33 @@ func (s *shim) openLog() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		buf := make([]byte, 32<<10)
-		for {
-			n, err := f.Read(buf)
-			s.logMu.Lock()
-			s.log.Write(buf[:n])
-			s.logMu.Unlock()
-			if err != nil {
-				return
-			}
-		}
+		io.Copy(s.log, f)
 	}()
 	s.t.Cleanup(func() {
 		f.Close()
 		<-done
 		if s.t.Failed() {
-			s.t.Logf("shim's log:\n%s", s.logText())
+			s.t.Logf("shim's log:\n%s", s.log)
 		}
 	})
 }
 
-// logText returns what the shim has logged.
-func (s *shim) logText() string {
-	s.logMu.Lock()
-	defer s.logMu.Unlock()
-	return s.log.String()
+// shimLog is what a shim has logged.
+type shimLog struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *shimLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *shimLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
 }
 
 // end shuts the shim down and fails the test for anything that is left.
@@ -361,14 +350,24 @@ func (s *shim) end() {
 		pid = int(c.ShimPid)
 	}
 	if pid != 0 {
-		s.task.Kill(ctx, &taskapi.KillRequest{ID: s.id, Signal: uint32(syscall.SIGKILL), All: true})
-		s.task.Wait(ctx, &taskapi.WaitRequest{ID: s.id})
-		s.task.Delete(ctx, &taskapi.DeleteRequest{ID: s.id})
+		s.remove()
 		s.task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: s.id})
 		s.waitGone(pid)
 	}
 	s.client.Close()
 	s.checkLeftovers()
+}
+
+// remove kills and deletes the container, if there is one.
+func (s *shim) remove() {
+	ctx, cancel := context.WithTimeout(s.ctx, callTimeout)
+	defer cancel()
+	if _, err := s.task.State(ctx, &taskapi.StateRequest{ID: s.id}); err != nil {
+		return
+	}
+	s.task.Kill(ctx, &taskapi.KillRequest{ID: s.id, Signal: uint32(syscall.SIGKILL), All: true})
+	s.task.Wait(ctx, &taskapi.WaitRequest{ID: s.id})
+	s.task.Delete(ctx, &taskapi.DeleteRequest{ID: s.id})
 }
 
 // waitGone waits for the end of a process that is not this one's child.

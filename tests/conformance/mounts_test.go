@@ -110,33 +110,3 @@ func TestHundredMounts(t *testing.T) {
 	s.mustStart("")
 	s.wantShell("all", "cat /m/*/f", want.String())
 }
-
-// The process's own properties, each as the kernel of the guest enforces it.
-func TestProcessProperties(t *testing.T) {
-	umask := uint32(0o27)
-	s := newShim(t, options{spec: func(s *specs.Spec) {
-		s.Process.Args = []string{"sh", "-c", "id -u; id -g; id -G; umask; pwd; hostname; echo $X; ulimit -n; cat /proc/self/oom_score_adj; cat /proc/sys/net/ipv4/ip_unprivileged_port_start"}
-		s.Process.User = specs.User{UID: 1000, GID: 1000, AdditionalGids: []uint32{1000, 2000}, Umask: &umask}
-		s.Process.Cwd = "/tmp"
-		s.Process.Env = append(s.Process.Env, "X=a b")
-		adj := 500
-		s.Process.OOMScoreAdj = &adj
-		s.Hostname = "box"
-		s.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "80"}
-	}})
-	out, errs, status := s.run()
-	want := "1000\n1000\n1000 2000\n0027\n/tmp\nbox\na b\n1024\n500\n80\n"
-	if out != want || status != 0 {
-		t.Errorf("the process saw %q (stderr %q, status %d); want %q", out, errs, status, want)
-	}
-}
-
-func TestReadonlyRootfs(t *testing.T) {
-	s := newShim(t, options{spec: func(s *specs.Spec) {
-		s.Root.Readonly = true
-		s.Process.Args = []string{"sh", "-c", "touch /x 2>/dev/null || echo no; touch /run/x && echo yes"}
-	}})
-	if out, _, _ := s.run(); out != "no\nyes\n" {
-		t.Errorf("writes = %q; want no, yes", out)
-	}
-}

@@ -181,8 +181,8 @@ func (s *shim) launch() uint32 {
 	return pid
 }
 
-// remove kills and deletes the container.
-func (s *shim) remove() {
+// discard kills and deletes the container.
+func (s *shim) discard() {
 	s.t.Helper()
 	s.task.Kill(s.call(), &taskapi.KillRequest{ID: s.id, Signal: uint32(syscall.SIGKILL)})
 	s.wait("")
@@ -203,9 +203,9 @@ func TestPodShares(t *testing.T) {
 	podModes(t, func(t *testing.T, p *pod) {
 		a, b := p.container(nil), p.container(nil)
 		a.launch()
-		defer a.remove()
+		defer a.discard()
 		b.launch()
-		defer b.remove()
+		defer b.discard()
 		for _, kind := range []string{"ipc", "uts", "net"} {
 			if x, y := a.out("readlink /proc/self/ns/"+kind), b.out("readlink /proc/self/ns/"+kind); x != y {
 				t.Errorf("%s namespaces = %s, %s; want the same", kind, x, y)
@@ -240,7 +240,7 @@ func TestPodFiles(t *testing.T) {
 	p := newAPIPod(t, nil)
 	c := p.container(nil)
 	c.launch()
-	defer c.remove()
+	defer c.discard()
 	if got := c.out("cat /etc/resolv.conf"); got != "search example.org\nnameserver 192.0.2.1\noptions ndots:5" {
 		t.Errorf("/etc/resolv.conf = %q", got)
 	}
@@ -257,9 +257,9 @@ func TestPodPIDNamespaces(t *testing.T) {
 		shared := p.container(func(s *specs.Spec) { setPID(s, p.pid) })
 		other := p.container(func(s *specs.Spec) { setPID(s, p.pid); s.Process.Args = []string{"sleep", "4321"} })
 		shared.launch()
-		defer shared.remove()
+		defer shared.discard()
 		other.launch()
-		defer other.remove()
+		defer other.discard()
 		if got := shared.out("tr '\\0' ' ' < /proc/1/cmdline"); !strings.HasPrefix(got, "/pause") {
 			t.Errorf("first process = %q; want /pause", got)
 		}
@@ -269,10 +269,10 @@ func TestPodPIDNamespaces(t *testing.T) {
 
 		target := p.container(func(s *specs.Spec) { s.Process.Args = []string{"sleep", "1234"} })
 		pid := target.launch()
-		defer target.remove()
+		defer target.discard()
 		debug := p.container(func(s *specs.Spec) { setPID(s, pid) })
 		debug.launch()
-		defer debug.remove()
+		defer debug.discard()
 		if got := debug.out("tr '\\0' ' ' < /proc/1/cmdline"); got != "sleep 1234" {
 			t.Errorf("first process seen from a container in its target's namespace = %q; want sleep 1234", got)
 		}
@@ -291,7 +291,7 @@ func TestPodContainersAreApart(t *testing.T) {
 		})
 		neighbour := p.container(nil)
 		neighbour.launch()
-		defer neighbour.remove()
+		defer neighbour.discard()
 		greedy.mustCreate(nil, false)
 		greedy.mustStart("")
 		greedy.wait("")
@@ -302,18 +302,18 @@ func TestPodContainersAreApart(t *testing.T) {
 		}
 		killed := p.container(nil)
 		killed.launch()
-		killed.remove()
+		killed.discard()
 		if got := neighbour.out("echo alive"); got != "alive" {
 			t.Errorf("neighbour says %q", got)
 		}
 		// A container is started again in the pod that lives on.
 		again := p.container(nil)
 		again.launch()
-		again.remove()
+		again.discard()
 	})
 }
 
-func kindOf(err error) error { return errgrpc.ToNative(err) }
+func nativeError(err error) error { return errgrpc.ToNative(err) }
 
 func TestSandboxAPI(t *testing.T) {
 	p := newAPIPod(t, nil)
@@ -339,7 +339,7 @@ func TestSandboxAPI(t *testing.T) {
 	// containerd shuts down after each task's delete; the pod stays.
 	gone := p.container(nil)
 	gone.launch()
-	gone.remove()
+	gone.discard()
 	if _, err := p.task.Shutdown(p.call(), &taskapi.ShutdownRequest{ID: gone.id}); err != nil {
 		t.Errorf("Task.Shutdown = %v; want nil", err)
 	}
@@ -370,7 +370,7 @@ func TestSandboxAPI(t *testing.T) {
 		t.Error("PingSandbox of a stopped sandbox = nil; want an error")
 	}
 	late := p.container(nil)
-	if _, err := late.create(nil, false); !errdefs.IsUnavailable(kindOf(err)) {
+	if _, err := late.create(nil, false); !errdefs.IsUnavailable(nativeError(err)) {
 		t.Errorf("Create in a stopped sandbox = %v; want unavailable", err)
 	}
 	c.delete("")
@@ -379,10 +379,10 @@ func TestSandboxAPI(t *testing.T) {
 func TestSandboxAPIErrors(t *testing.T) {
 	s := newAPIShim(t)
 	api := s.sandboxes()
-	if _, err := api.StartSandbox(s.call(), &sandboxapi.StartSandboxRequest{SandboxID: s.id}); !errdefs.IsNotFound(kindOf(err)) {
+	if _, err := api.StartSandbox(s.call(), &sandboxapi.StartSandboxRequest{SandboxID: s.id}); !errdefs.IsNotFound(nativeError(err)) {
 		t.Errorf("StartSandbox without Create = %v; want not found", err)
 	}
-	if _, err := api.SandboxStatus(s.call(), &sandboxapi.SandboxStatusRequest{SandboxID: s.id}); !errdefs.IsNotFound(kindOf(err)) {
+	if _, err := api.SandboxStatus(s.call(), &sandboxapi.SandboxStatusRequest{SandboxID: s.id}); !errdefs.IsNotFound(nativeError(err)) {
 		t.Errorf("SandboxStatus without Create = %v; want not found", err)
 	}
 	create := func(change func(*cri.PodSandboxConfig), edit func(*sandboxapi.CreateSandboxRequest)) error {
@@ -391,7 +391,7 @@ func TestSandboxAPIErrors(t *testing.T) {
 			edit(r)
 		}
 		_, err := api.CreateSandbox(s.call(), r)
-		return kindOf(err)
+		return nativeError(err)
 	}
 	for _, tt := range []struct {
 		name   string

@@ -142,6 +142,9 @@ func (s *shim) call() context.Context {
 // create makes the shim's container; st may be nil.
 func (s *shim) create(st *streams, terminal bool) (uint32, error) {
 	r := &taskapi.CreateTaskRequest{ID: s.id, Bundle: s.bundle, Terminal: terminal}
+	if s.runtime != nil {
+		r.Options = s.runtime.options
+	}
 	if st != nil {
 		r.Stdin, r.Stdout, r.Stderr = st.stdin, st.stdout, st.stderr
 	}

@@ -46,6 +46,7 @@ type process struct {
 	terminal bool
 	publish  func()        // notes that the exit was published
 	exited   chan struct{} // closed by publish
+	started  bool          // an exec that Start was called for; guarded by Service.mu
 	failed   bool          // an exec whose Start failed; guarded by Service.mu
 }
 
@@ -196,8 +197,10 @@ func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 	return resp, err
 }
 
-// Start runs a container's init, or an exec. An exec whose Start has failed
-// cannot be started again: the service would count it as running for ever.
+// Start runs a container's init, or an exec. An exec is started once only: the
+// service counts an exec whose Start has failed as running for ever, and one
+// whose second Start has failed as ended, over which it panics at the end of
+// the init.
 func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
 	k, err := checkProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -212,10 +215,14 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		return nil, errgrpc.ToGRPCf(errdefs.ErrNotFound, "%s", k)
 	}
 	s.mu.Lock()
-	failed := p.failed
+	started, failed := p.started, p.failed
+	p.started = true
 	s.mu.Unlock()
-	if failed {
+	switch {
+	case failed:
 		return nil, errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "%s: its start has failed before", k)
+	case started:
+		return nil, errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "%s: it was started before", k)
 	}
 	ok := false
 	defer func() {
