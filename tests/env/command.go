@@ -57,6 +57,7 @@ func (e *Env) environ() []string {
 		"VMRT_CONFIG=" + e.vmrtConfig(),
 		"NERDCTL_TOML=" + e.nerdctlConfig(),
 		"CONTAINER_RUNTIME_ENDPOINT=unix://" + e.Socket,
+		"CRI_CONFIG_FILE=" + e.crictlConfig(),
 	}
 }
 

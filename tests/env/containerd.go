@@ -23,16 +23,19 @@ var cniTemplate string
 // configData is what the templates see.
 type configData struct {
 	Dir, Socket, Snapshotter string
-	CNIBin                   string
+	CNIBin, Runtime          string
 	Imports                  []string
 	Extra                    string
 }
 
-// writeConfig writes the configuration of containerd, CNI and nerdctl.
+// writeConfig writes the configuration of containerd, CNI, nerdctl and crictl.
 func (e *Env) writeConfig() error {
 	data := configData{
 		Dir: e.Dir, Socket: e.Socket, Snapshotter: e.cfg.Snapshotter,
-		CNIBin: filepath.Join(e.Dir, "no-cni"), Imports: e.cfg.Imports, Extra: e.cfg.ExtraConfig,
+		CNIBin: filepath.Join(e.Dir, "no-cni"), Runtime: "runc", Imports: e.cfg.Imports, Extra: e.cfg.ExtraConfig,
+	}
+	if e.cfg.CRI != nil {
+		data.Runtime = e.cfg.CRI.Runtime
 	}
 	for _, dir := range e.path {
 		if strings.HasPrefix(filepath.Base(dir), "cni-") {
@@ -47,6 +50,7 @@ func (e *Env) writeConfig() error {
 		e.configPath():                         configTemplate,
 		filepath.Join(cni, "10-test.conflist"): cniTemplate,
 		e.nerdctlConfig():                      nerdctlTemplate,
+		e.crictlConfig():                       crictlTemplate,
 	} {
 		if err := writeTemplate(name, text, data); err != nil {
 			return err
@@ -63,8 +67,16 @@ snapshotter = "{{.Snapshotter}}"
 cgroup_manager = "cgroupfs"
 `
 
+// The timeout, in seconds, is for each request: a virtual machine without KVM
+// on a busy machine takes its time.
+const crictlTemplate = `runtime-endpoint: unix://{{.Socket}}
+image-endpoint: unix://{{.Socket}}
+timeout: 120
+`
+
 func (e *Env) configPath() string    { return filepath.Join(e.Dir, "containerd.toml") }
 func (e *Env) nerdctlConfig() string { return filepath.Join(e.Dir, "nerdctl.toml") }
+func (e *Env) crictlConfig() string  { return filepath.Join(e.Dir, "crictl.yaml") }
 
 func writeTemplate(name, text string, data configData) (err error) {
 	t, err := template.New(filepath.Base(name)).Parse(text)

@@ -1,5 +1,5 @@
 // Package env runs a private containerd for tests and for the demonstration:
-// in mount, network, PID and cgroup namespaces of its own, with its state in
+// in mount, network, IPC, PID and cgroup namespaces of its own, with its state in
 // one temporary folder, so that nothing of the machine changes and several
 // environments run side by side.
 //
@@ -24,6 +24,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -53,6 +54,9 @@ type Config struct {
 	// file that VMRT_CONFIG names to containerd and to every command, so
 	// that the machine's own configuration never matters.
 	VMRT string
+	// CRI, if not nil, has pods in mind: see its type. It adds to Tools what
+	// pods need.
+	CRI *CRI
 	// Snapshotter is the CRI plugin's and nerdctl's; "overlayfs" when empty.
 	Snapshotter string
 	// ExtraConfig is appended to containerd's configuration (TOML).
@@ -76,6 +80,7 @@ type Env struct {
 	path     []string // of PATH
 	ns       *namespaces
 	cgroups  *cgroups
+	registry *http.Server // nil without CRI
 	baseline snapshot
 
 	mu         sync.Mutex
@@ -101,6 +106,11 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 	}
 	if cfg.Snapshotter == "" {
 		cfg.Snapshotter = "overlayfs"
+	}
+	if cfg.CRI != nil {
+		if err := cfg.useCRI(); err != nil {
+			return nil, fmt.Errorf("start environment: %w", err)
+		}
 	}
 	e := &Env{cfg: cfg, path: append([]string(nil), cfg.BinDirs...)}
 	for _, name := range append([]string{tool}, cfg.Tools...) {
@@ -141,6 +151,11 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 	if err := os.WriteFile(e.vmrtConfig(), []byte(cfg.VMRT), 0o644); err != nil {
 		return nil, err
 	}
+	if cfg.CRI != nil {
+		if err := e.prepareCRI(ctx); err != nil {
+			return nil, err
+		}
+	}
 	if err := e.writeConfig(); err != nil {
 		return nil, err
 	}
@@ -159,6 +174,9 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 func (e *Env) Stop() error {
 	var errs []error
 	errs = append(errs, e.stopContainerd())
+	if e.registry != nil {
+		errs = append(errs, e.registry.Close())
+	}
 	if e.ns != nil {
 		errs = append(errs, e.ns.close())
 	}

@@ -9,15 +9,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 //go:embed init.sh
 var initScript string
 
-// namespaces is a set of mount, network, PID and cgroup namespaces, kept by a
+// namespaces is a set of mount, network, IPC, PID and cgroup namespaces, kept by a
 // shell that is PID 1 of it. The shell ends when its standard input does, so
 // the set never outlives this process.
 type namespaces struct {
@@ -40,7 +43,7 @@ func newNamespaces(dir string, cg *cgroups) (_ *namespaces, err error) {
 	cmd := exec.Command("sh", "-ec", first, "sh", initScript+cg.mountScript()+keepScript, dir)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "RESOLV_CONF=" + resolvConf()}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET,
+		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC,
 		Setsid:     true,
 	}
 	stdin, err := cmd.StdinPipe()
@@ -111,8 +114,36 @@ func (ns *namespaces) close() error {
 // enterArgs is the command line that runs a program inside.
 func (ns *namespaces) enterArgs(args []string) []string {
 	return append([]string{
-		"nsenter", "--target", strconv.Itoa(ns.pid()), "--mount", "--net", "--pid", "--cgroup", "--",
+		"nsenter", "--target", strconv.Itoa(ns.pid()), "--mount", "--net", "--ipc", "--pid", "--cgroup", "--",
 	}, args...)
+}
+
+// onNetwork runs f on a thread that is in the network namespace. A socket that
+// f opens stays there.
+func (ns *namespaces) onNetwork(f func() error) error {
+	inside, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", ns.pid()))
+	if err != nil {
+		return err
+	}
+	defer inside.Close()
+	runtime.LockOSThread()
+	outside, err := os.Open(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()))
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer outside.Close()
+	if err := unix.Setns(int(inside.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter network namespace: %w", err)
+	}
+	err = f()
+	if back := unix.Setns(int(outside.Fd()), unix.CLONE_NEWNET); back != nil {
+		// The thread stays locked, so that nothing else runs on it.
+		return errors.Join(err, fmt.Errorf("leave network namespace: %w", back))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // resolvConf returns where the content of /etc/resolv.conf must be put inside

@@ -1,6 +1,7 @@
-// Package image writes container images without a registry: an Image is built
-// from files of this machine and bytes in memory, and Write packs images into
-// a docker archive, which `ctr images import` and `nerdctl load` read.
+// Package image makes container images: an Image is built from files of this
+// machine, programs compiled here and bytes in memory. Write packs images into
+// a docker archive, which `ctr images import` and `nerdctl load` read; OCI
+// gives what a registry stores of one.
 //
 // The same input gives the same bytes: owners are root, times are the epoch,
 // and entries keep the order in which they were added. Images are plain data
@@ -203,12 +204,28 @@ func Write(w io.Writer, images ...Image) error {
 }
 
 func (img Image) write(put func(name string, b []byte) error) (manifest, error) {
-	m := manifest{RepoTags: []string{img.Name}}
+	config, layers, err := img.content()
+	if err != nil {
+		return manifest{}, err
+	}
+	m := manifest{RepoTags: []string{img.Name}, Config: digest(config) + ".json"}
+	for _, b := range layers {
+		name := path.Join(digest(b), "layer.tar")
+		if err := put(name, b); err != nil {
+			return manifest{}, err
+		}
+		m.Layers = append(m.Layers, name)
+	}
+	return m, put(m.Config, config)
+}
+
+// content returns the configuration and the layers as they are stored.
+func (img Image) content() (config []byte, layers [][]byte, err error) {
 	type rootFS struct {
 		Type    string   `json:"type"`
 		DiffIDs []string `json:"diff_ids"`
 	}
-	config := struct {
+	c := struct {
 		Architecture string `json:"architecture"`
 		OS           string `json:"os"`
 		Created      string `json:"created"`
@@ -218,23 +235,17 @@ func (img Image) write(put func(name string, b []byte) error) (manifest, error) 
 	for _, l := range img.Layers {
 		b, err := l.bytes()
 		if err != nil {
-			return manifest{}, err
+			return nil, nil, err
 		}
-		sum := digest(b)
-		name := path.Join(sum, "layer.tar")
-		if err := put(name, b); err != nil {
-			return manifest{}, err
-		}
-		m.Layers = append(m.Layers, name)
-		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, "sha256:"+sum)
+		layers = append(layers, b)
+		c.RootFS.DiffIDs = append(c.RootFS.DiffIDs, Digest(b))
 	}
-	b, err := json.Marshal(config)
-	if err != nil {
-		return manifest{}, err
-	}
-	m.Config = digest(b) + ".json"
-	return m, put(m.Config, b)
+	config, err = json.Marshal(c)
+	return config, layers, err
 }
+
+// Digest names content as registries do: "sha256:…".
+func Digest(b []byte) string { return "sha256:" + digest(b) }
 
 func digest(b []byte) string {
 	sum := sha256.Sum256(b)
