@@ -59,6 +59,11 @@ test-kvm: ## tests in a nested machine that has a real KVM and vhost-vsock (root
 	$(root)
 	@hack/test.sh kvm
 
+.PHONY: critest
+critest: ## critest, in each sandbox mode; RUNTIME=runc, SANDBOXER=, FOCUS=, NODES= (root)
+	$(root)
+	@RUNTIME='$(RUNTIME)' SANDBOXER='$(SANDBOXER)' FOCUS='$(FOCUS)' NODES='$(NODES)' hack/test.sh critest
+
 .PHONY: bench
 bench: ## benchmarks, with runc and virtio-serial for comparison in the same run (root)
 	$(root)
@@ -86,7 +91,7 @@ deps: ## install the Debian packages that building and testing need (root)
 
 .PHONY: tools
 tools: ## build containerd, runc, nerdctl and so on for the tests (cached)
-	@go run ./hack/buildtool cni containerd containerd-2.3 critools nerdctl runc >/dev/null
+	@go run ./hack/buildtool cni containerd containerd-2.3 critest critools nerdctl runc >/dev/null
 
 .PHONY: clean
 clean: ## remove bin/; the cache in ~/.cache/vmrt stays

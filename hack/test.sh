@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs one set of tests: hack/test.sh all|unit|vm|kvm|bench.
+# Runs one set of tests: hack/test.sh all|unit|vm|kvm|critest|bench.
 #
 # VMRT_REQUIRE_VM=1 turns the skip of a test that needs root or a virtual
 # machine into a failure. VMRT_TEST_EVENTS names a file to which the events of
@@ -11,6 +11,8 @@ MODULE=github.com/vmrt/vmrt
 # Packages whose tests start virtual machines or a containerd. They run one
 # after the other: they measure time, and each can keep the machine busy.
 VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/...)
+# The package that runs critest, which takes long, has a target of its own.
+CRITEST=$MODULE/tests/critest
 # The tests among them that do so, by their names; test-unit is without.
 VM_TESTS='^(Test|Benchmark)(VM|KVM|Boot|Integration|Pause)'
 # The tests that also run in the nested machine, and which packages have them.
@@ -18,7 +20,8 @@ KVM_PACKAGES=(./pkg/... ./tests/...)
 KVM_RUN=${KVM_RUN:-^TestKVM}
 KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
 
-# others: the packages that are not of VM.
+# vm: the packages of VM without critest; others: the packages not of VM.
+vm() { go list "${VM[@]}" | grep -vxF "$CRITEST"; }
 others() { go list ./... | grep -vxFf <(go list "${VM[@]}"); }
 
 # go_test FLAG|PACKAGE...: a failed test is testsum's to report.
@@ -58,23 +61,34 @@ kvm() {
 case ${1:-} in
 all)
 	prepare containerd containerd-2.3 runc nerdctl cni
-	{ go_test $(others); go_test -p 1 "${VM[@]}"; } | summary
+	{ go_test $(others); go_test -p 1 $(vm); } | summary
 	;;
 unit) go_test -short -skip "$VM_TESTS" $(go list ./... | grep -v "^$MODULE/tests") | summary ;;
 vm)
 	prepare containerd containerd-2.3 runc nerdctl cni
-	go_test -p 1 "${VM[@]}" | summary
+	go_test -p 1 $(vm) | summary
 	;;
 kvm)
 	prepare containerd
 	kvm | summary
+	;;
+critest)
+	prepare critest critools containerd runc cni
+	hack/busybox.sh >/dev/null
+	echo "critest runs; bin/critest/*/output.log shows how far it is"
+	rm -rf bin/critest
+	status=0
+	go_test -count=1 -timeout 90m "$CRITEST" -runtime "${RUNTIME:-vmrt}" -sandboxer "${SANDBOXER:-}" \
+		-focus "${FOCUS:-}" -nodes "${NODES:-4}" | summary || status=$?
+	head -qn 1 bin/critest/*/summary.txt
+	exit $status
 	;;
 bench)
 	prepare containerd containerd-2.3 runc nerdctl cni
 	go test -p 1 -run '^$' -bench "${BENCH:-.}" -timeout 60m ${TEST_FLAGS:-} ./...
 	;;
 *)
-	echo "usage: hack/test.sh all|unit|vm|kvm|bench" >&2
+	echo "usage: hack/test.sh all|unit|vm|kvm|critest|bench" >&2
 	exit 2
 	;;
 esac

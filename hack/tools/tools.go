@@ -20,6 +20,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -44,7 +45,17 @@ type Tool struct {
 	LDFlags string
 	// Packages are what is built; the module's tools when empty.
 	Packages []string
+	// Tests are packages whose tests are compiled, each into a program that is
+	// named after the last element of its path and ends in ".test".
+	Tests []string
+	// Edits are made to the sources first.
+	Edits []Edit
 }
+
+// TestImageDigest is the digest of the image that critest pulls by digest. The
+// upstream image cannot be made again here, so critest is built with the digest
+// of ours (on amd64): package criimage makes it.
+const TestImageDigest = "sha256:1680a4e1851e28bf218e005d8e1716bbb1c439812cbc9669ceb60ec2fa119f3c"
 
 // lean leaves out the snapshotters and exporters that nothing here uses.
 var lean = []string{"no_btrfs", "no_devmapper", "no_zfs", "no_tracing"}
@@ -70,8 +81,20 @@ var All = []Tool{
 		Packages: []string{"github.com/containerd/containerd/v2/cmd/containerd", "github.com/containerd/containerd/v2/cmd/ctr"},
 	},
 	{
+		Name: "critest", Doc: "critest v1.36.0 and ginkgo, which runs it", Module: "critools",
+		LDFlags:  "-X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0",
+		Packages: []string{"github.com/onsi/ginkgo/v2/ginkgo"},
+		Tests:    []string{"sigs.k8s.io/cri-tools/cmd/critest"},
+		Edits: []Edit{{
+			Module: "sigs.k8s.io/cri-tools", File: "pkg/validate/consts.go",
+			Old: "test-image-digest@sha256:9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf",
+			New: "test-image-digest@" + TestImageDigest,
+		}},
+	},
+	{
 		Name: "critools", Doc: "crictl v1.36.0",
-		LDFlags: "-X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0",
+		LDFlags:  "-X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0",
+		Packages: []string{"sigs.k8s.io/cri-tools/cmd/crictl"},
 	},
 	{
 		Name: "nerdctl", Doc: "nerdctl v2.2.1",
@@ -182,24 +205,47 @@ func (t Tool) build(ctx context.Context, src, dir string, progress io.Writer) er
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return err
 	}
+	modfile, err := t.edit(ctx, src)
+	if err != nil {
+		return err
+	}
+	if modfile != "" {
+		defer os.RemoveAll(filepath.Dir(modfile))
+	}
+	stop := report(progress, "building "+t.Doc)
+	defer stop()
 	packages := t.Packages
 	if len(packages) == 0 {
 		packages = []string{"tool"}
 	}
-	args := append([]string{
-		"build", "-mod=readonly", "-trimpath", "-buildvcs=false",
-		"-tags=" + strings.Join(t.Tags, ","), "-ldflags=-s -w " + t.LDFlags, "-o", tmp + "/",
-	}, packages...)
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = src
-	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "CGO_ENABLED="+map[bool]string{true: "1", false: "0"}[t.CGO])
-	stop := report(progress, "building "+t.Doc)
-	out, err := cmd.CombinedOutput()
-	stop()
-	if err != nil {
-		return fmt.Errorf("go build in %s: %w\n%s", src, err, tail(out, 4096))
+	if err := t.goCommand(ctx, src, modfile, append([]string{"build", "-o", tmp + "/"}, packages...)); err != nil {
+		return err
+	}
+	for _, pkg := range t.Tests {
+		if err := t.goCommand(ctx, src, modfile, []string{"test", "-c", "-o", filepath.Join(tmp, path.Base(pkg)+".test"), pkg}); err != nil {
+			return err
+		}
 	}
 	return os.Rename(tmp, dir)
+}
+
+// goCommand runs a go command that compiles; args are a subcommand with its own
+// flags first, then packages.
+func (t Tool) goCommand(ctx context.Context, src, modfile string, args []string) error {
+	flags := []string{
+		"-mod=readonly", "-trimpath", "-buildvcs=false",
+		"-tags=" + strings.Join(t.Tags, ","), "-ldflags=-s -w " + t.LDFlags,
+	}
+	if modfile != "" {
+		flags = append(flags, "-modfile="+modfile)
+	}
+	cmd := exec.CommandContext(ctx, "go", slices.Insert(args, 1, flags...)...)
+	cmd.Dir = src
+	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "CGO_ENABLED="+map[bool]string{true: "1", false: "0"}[t.CGO])
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go %s in %s: %w\n%s", args[0], src, err, tail(out, 4096))
+	}
+	return nil
 }
 
 // key hashes everything that decides the result and lies in the tree.

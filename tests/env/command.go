@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -147,4 +148,15 @@ func ExitCode(err error) int {
 		return exit.ExitCode()
 	}
 	return -1
+}
+
+// LookPath returns the path of a program that commands find by its name.
+func (e *Env) LookPath(name string) (string, error) {
+	for _, dir := range e.path {
+		file := filepath.Join(dir, name)
+		if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return file, nil
+		}
+	}
+	return "", fmt.Errorf("find %s in %s: %w", name, strings.Join(e.path, ":"), exec.ErrNotFound)
 }

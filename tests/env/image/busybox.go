@@ -1,7 +1,6 @@
 package image
 
 import (
-	"debug/elf"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -47,6 +46,13 @@ func BusyboxLayer() (*Layer, error) {
 	if err := checkStatic(bin); err != nil {
 		return nil, fmt.Errorf("make busybox image: %w", err)
 	}
+	return UserLand(bin, Passwd, Group)
+}
+
+// UserLand returns a layer with the usual folders, the user databases, and the
+// busybox program bin with the libraries that it needs, every applet a hard
+// link to it.
+func UserLand(bin, passwd, group string) (*Layer, error) {
 	out, err := exec.Command(bin, "--list").Output()
 	if err != nil {
 		return nil, fmt.Errorf("make busybox image: list applets of %s: %w", bin, err)
@@ -54,8 +60,8 @@ func BusyboxLayer() (*Layer, error) {
 	l := NewLayer()
 	l.Dir(0o755, "bin", "dev", "etc", "home", "mnt", "proc", "sys", "usr", "usr/bin", "usr/sbin", "sbin", "var", "www")
 	l.Dir(0o700, "root").Dir(0o1777, "tmp", "var/tmp").Symlink("var/run", "/run").Dir(0o755, "run")
-	l.File("etc/passwd", 0o644, []byte(Passwd)).File("etc/group", 0o644, []byte(Group))
-	l.HostFile("bin/busybox", 0o755, bin)
+	l.File("etc/passwd", 0o644, []byte(passwd)).File("etc/group", 0o644, []byte(group))
+	l.HostFile("bin/busybox", 0o755, bin).Libraries(bin)
 	for _, applet := range strings.Fields(string(out)) {
 		if applet != "busybox" {
 			l.Hardlink("bin/"+applet, 0o755, "bin/busybox")
@@ -66,15 +72,12 @@ func BusyboxLayer() (*Layer, error) {
 
 // checkStatic returns an error when the program needs a dynamic linker.
 func checkStatic(bin string) error {
-	f, err := elf.Open(bin)
+	libs, err := libraries(bin)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", bin, err)
+		return err
 	}
-	defer f.Close()
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			return errors.New(bin + " is dynamically linked: want Debian's busybox-static")
-		}
+	if len(libs) > 0 {
+		return errors.New(bin + " is dynamically linked: want Debian's busybox-static")
 	}
 	return nil
 }
