@@ -60,6 +60,8 @@ type Config struct {
 type Namespaces struct {
 	start func(cmd *exec.Cmd) error
 	tid   int
+	// claimed holds the network namespace for this pod; used on the thread.
+	claimed *os.File
 
 	work chan call
 	quit chan struct{} // closed by Close
@@ -103,6 +105,11 @@ func Open(cfg Config) (*Namespaces, error) {
 // which ends with it.
 func (n *Namespaces) serve(netns *os.File, ready chan<- error) {
 	defer close(n.gone)
+	defer func() {
+		if n.claimed != nil {
+			n.claimed.Close()
+		}
+	}()
 	n.tid = unix.Gettid()
 	if err := enterNew(netns); err != nil {
 		ready <- err

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 
 	"github.com/vmrt/vmrt/api"
@@ -116,6 +117,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	}
 	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS, Start: s.cgroup.Start}); err != nil {
 		return nil, fmt.Errorf("open namespaces: %w", err)
+	}
+	if err := s.ns.ClaimNet(); err != nil {
+		return nil, fmt.Errorf("join network namespace %s: %w: %w", cfg.NetNS, err, errdefs.ErrFailedPrecondition)
 	}
 	if err := os.Mkdir(s.EmptyDir(), 0o755); err != nil {
 		return nil, err

@@ -57,6 +57,7 @@ type Share struct {
 	closed     bool
 	made       int // containers so far, to give each folder a new name
 	containers map[string]*container
+	claims     claims
 }
 
 type container struct {
@@ -83,7 +84,7 @@ func NewShare(ns *podns.Namespaces, dir string) (*Share, error) {
 	if !filepath.IsAbs(dir) {
 		return nil, fmt.Errorf("make shared folder %q: path is not absolute", dir)
 	}
-	s := &Share{ns: ns, dir: dir, containers: make(map[string]*container)}
+	s := &Share{ns: ns, dir: dir, containers: make(map[string]*container), claims: make(claims)}
 	if err := s.do(s.mount); err != nil {
 		return nil, fmt.Errorf("make shared folder %s: %w", dir, err)
 	}
@@ -164,7 +165,14 @@ func (s *Share) AddBind(container, source string, o BindOptions) (Entry, error) 
 		n := strconv.Itoa(c.mounts)
 		c.mounts++
 		e, err = s.place(c, path.Join("mounts", n), t.dir, func(target string) error {
-			return s.attach(t, target)
+			if err := s.attach(t, target); err != nil || !o.Memory || !t.dir {
+				return err
+			}
+			if err := s.claims.add(target); err != nil {
+				_ = unmount(target)
+				return err
+			}
+			return nil
 		})
 		return err
 	})
@@ -272,10 +280,12 @@ func (s *Share) Close() error {
 			return err
 		}
 		s.closed = true
+		s.claims.close()
 		return nil
 	})
 	if errors.Is(err, podns.ErrClosed) {
-		return nil // and the mounts are gone with the namespace
+		s.claims.close() // nobody else is left to touch them
+		return nil       // and the mounts are gone with the namespace
 	}
 	return err
 }

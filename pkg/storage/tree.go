@@ -23,6 +23,10 @@ type BindOptions struct {
 	// Slave lets what the host mounts and unmounts below the source later
 	// appear and disappear (rslave, rshared).
 	Slave bool
+	// Memory says that the source, if it is a folder, is for shared memory:
+	// this pod alone may use it so until its share is closed.
+	// Another pod gets ErrMemoryInUse.
+	Memory bool
 }
 
 // tree is a detached copy of a mount of the host, or of a part of it.
