@@ -22,8 +22,8 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/device"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/fsmount"
-	"github.com/vmrt/vmrt/pkg/agent/pod"
 	"github.com/vmrt/vmrt/pkg/agent/network"
+	"github.com/vmrt/vmrt/pkg/agent/pod"
 )
 
 // service is vmrt.agent.v1.Agent. Its methods may be called concurrently.

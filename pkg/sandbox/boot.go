@@ -110,9 +110,15 @@ func (s *Sandbox) setUpGuest(ctx context.Context) error {
 		{Type: "virtiofs", Source: api.ShareTag, Target: api.GuestShare},
 	}})
 	err = wrap("mount shared folder in guest", err)
+	if err == nil {
+		err = s.configureNetwork(ctx)
+	}
 	if err == nil && s.cfg.Pod != nil {
 		_, err = s.Agent().OpenPod(ctx, s.cfg.Pod)
 		err = wrap("make the pod's namespaces in guest", err)
+	}
+	if err == nil && s.cfg.Pod != nil {
+		err = s.forwardPorts(ctx)
 	}
 	return errors.Join(err, <-online)
 }
@@ -138,6 +144,9 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 	if s.transport, err = vsock.Open(settings.Vsock); err != nil {
 		return nil, fmt.Errorf("open vsock: %w", err)
 	}
+	if err := s.openNetwork(ctx); err != nil {
+		return nil, err
+	}
 	virtiofsd, err := settings.FindVirtiofsd()
 	if err != nil {
 		return nil, err
@@ -158,13 +167,17 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 		Initrd:      guest.Initrd,
 		Cmdline:     s.cmdline(),
 		Vsock:       s.transport.Device(),
+		NICs:        s.network.NICs(),
 		Shares:      []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
 	}, nil
 }
 
 // cmdline returns what the guest's kernel and agent are told.
 func (s *Sandbox) cmdline() []string {
-	args := []string{api.CmdlinePort + "=" + strconv.FormatUint(uint64(s.transport.HostPort()), 10)}
+	args := []string{
+		api.CmdlinePort + "=" + strconv.FormatUint(uint64(s.transport.HostPort()), 10),
+		"dummy.numdummies=0", // the pod's interfaces are all that there are
+	}
 	if s.cfg.CPUs > 1 {
 		// The others come online once the guest is ready: not before then
 		// does a kernel bring them up in less time than it takes to boot.
@@ -198,6 +211,7 @@ func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
 		f.Close()
 	}
 	s.daemon.CloseSocket()
+	s.network.ReleaseFiles()
 	s.vm = vm
 	s.boot.VMPid = vm.Pid()
 	go s.watch()

@@ -29,7 +29,9 @@ import (
 	"github.com/vmrt/vmrt/pkg/cgroup"
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/network"
 	"github.com/vmrt/vmrt/pkg/podns"
+	"github.com/vmrt/vmrt/pkg/portforward"
 	"github.com/vmrt/vmrt/pkg/state"
 	"github.com/vmrt/vmrt/pkg/storage"
 	"github.com/vmrt/vmrt/pkg/vsock"
@@ -47,6 +49,9 @@ type Config struct {
 	CgroupsPath string
 	// MemoryMiB and CPUs size the virtual machine.
 	MemoryMiB, CPUs int
+	// SpareNICs is how many network interfaces may arrive in the network
+	// namespace after the boot (UpdateNetwork).
+	SpareNICs int
 	// Pod is what several containers share; nil for a container by itself.
 	Pod *api.OpenPodRequest
 }
@@ -65,6 +70,8 @@ type Sandbox struct {
 	// Set by Boot, read only once it returned.
 	transport vsock.Transport
 	daemon    *storage.Daemon
+	network   *network.Network
+	forwarder *portforward.Forwarder // nil outside pods
 	vm        hypervisor.VM
 	rpc       *ttrpc.Client
 	boot      BootInfo
@@ -143,6 +150,9 @@ func (s *Sandbox) Cgroup() *cgroup.Cgroup { return s.cgroup }
 // Share is the folder that the guest sees at api.GuestShare.
 func (s *Sandbox) Share() *storage.Share { return s.share }
 
+// ID is containerd's id of the container or sandbox that it was made for.
+func (s *Sandbox) ID() string { return s.cfg.ID }
+
 // EmptyDir is a folder on the host that stays empty.
 func (s *Sandbox) EmptyDir() string { return filepath.Join(s.dir, "empty") }
 
@@ -212,6 +222,7 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 	if s.hello != nil {
 		s.hello.Close()
 	}
+	errs = append(errs, s.closeNetwork(ctx))
 	if s.transport != nil {
 		errs = append(errs, s.transport.Close())
 	}
@@ -241,7 +252,7 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 func (s *Sandbox) Save(containers map[string]state.Container) error {
 	st := &state.Sandbox{
 		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
-		CgroupPath: s.cgroup.Path(), Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
+		CgroupPath: s.cgroup.Path(), NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
 		Vsock: s.boot.Transport, CID: s.boot.CID,
 	}
 	var err error

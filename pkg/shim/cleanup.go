@@ -16,6 +16,8 @@ import (
 
 	"github.com/vmrt/vmrt/pkg/cgroup"
 	"github.com/vmrt/vmrt/pkg/hooks"
+	"github.com/vmrt/vmrt/pkg/network"
+	"github.com/vmrt/vmrt/pkg/podns"
 	"github.com/vmrt/vmrt/pkg/state"
 )
 
@@ -95,7 +97,7 @@ func cleanup(ctx context.Context, store state.Store, st *state.Sandbox, id strin
 	for _, p := range st.Helpers {
 		errs = append(errs, p.Kill())
 	}
-	errs = append(errs, removeCgroup(ctx, st.CgroupPath))
+	errs = append(errs, removeCgroup(ctx, st.CgroupPath), cleanNetwork(ctx, st.NetNS))
 	if c, ok := st.Containers[id]; ok {
 		err := hooks.RunAll(ctx, hookPoststop, c.Poststop, &specs.State{
 			Version: c.OCIVersion, ID: id, Status: specs.StateStopped, Bundle: c.Bundle, Annotations: c.Annotations,
@@ -126,6 +128,23 @@ func removeCgroup(ctx context.Context, path string) error {
 		return err
 	}
 	return cg.Remove(ctx)
+}
+
+// cleanNetwork removes what is left in a network namespace that outlives the
+// pod.
+func cleanNetwork(ctx context.Context, netns string) error {
+	if netns == "" {
+		return nil
+	}
+	ns, err := podns.Open(podns.Config{NetNS: netns})
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return network.Clean(ctx, ns)
 }
 
 // lockSandbox makes deletes of containers of one sandbox take turns.

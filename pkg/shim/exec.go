@@ -102,6 +102,12 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 }
 
 func (s *service) startInit(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+	if s.isFirst(c) {
+		// Docker's interface arrives only now.
+		if err := sb.UpdateNetwork(ctx); err != nil {
+			return err
+		}
+	}
 	if c.isPod {
 		s.startPod(c)
 	} else if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {

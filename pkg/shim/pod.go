@@ -61,7 +61,7 @@ func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) erro
 	}
 	sb, err := sandbox.New(sandbox.Config{
 		ID: id, Namespace: s.namespace, Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
-		MemoryMiB: memory, CPUs: cpus, Pod: pod.open,
+		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, SpareNICs: pod.spareNICs,
 	})
 	if err != nil {
 		return err

@@ -35,7 +35,9 @@ const podShmSource = api.PodShm
 
 // podConfig is what a virtual machine is made for.
 type podConfig struct {
-	netns       string // a path; empty: a new one
+	netns string // a path; empty: a new one
+	// spareNICs is how many interfaces may arrive after the boot.
+	spareNICs   int
 	cgroupsPath string
 	limits      limits
 	// open is what the containers share; nil for a container by itself.
@@ -71,6 +73,10 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 	p.netns = path
 	if !isPod(spec) {
 		p.limits = specLimits(spec.Linux.Resources)
+		if path == "" && !hasHooks(spec.Hooks, hookPrestart, hookCreateRuntime) {
+			// Docker puts its interface there between Create and Start.
+			p.spareNICs = 1
+		}
 		return p, nil
 	}
 	if _, ok := ns[specs.UserNamespace]; ok {

@@ -123,6 +123,13 @@ func (s *service) container(id string) (*container, error) {
 	return nil, fmt.Errorf("container not created: %w", errdefs.ErrNotFound)
 }
 
+// isFirst reports whether the sandbox was made for this container.
+func (s *service) isFirst(c *container) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sandbox != nil && s.sandbox.ID() == c.id
+}
+
 // find returns a container and one of its processes.
 func (s *service) find(id, execID string) (*container, *process, error) {
 	c, err := s.container(id)

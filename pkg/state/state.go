@@ -52,6 +52,9 @@ type Sandbox struct {
 	Containers map[string]Container `json:"containers,omitempty"`
 	// CgroupPath is for cgroup.Load.
 	CgroupPath string `json:"cgroupPath,omitempty"`
+	// NetNS is the path of the pod's network namespace; empty: one that goes
+	// with the pod.
+	NetNS string `json:"netns,omitempty"`
 	// Kernel is the guest files' kind, Accelerator what runs the guest, Vsock
 	// the transport, CID the guest's context id.
 	Kernel      string `json:"kernel,omitempty"`
