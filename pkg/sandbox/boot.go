@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"time"
 
@@ -278,7 +279,7 @@ func (s *Sandbox) greet(ctx context.Context) error {
 	if err := api.ReadMessage(conn, &hello); err != nil {
 		return fmt.Errorf("agent's hello: %w", err)
 	}
-	welcome, refused := answer(&hello, s.cfg.ID)
+	welcome, refused := answer(&hello)
 	if err := api.WriteMessage(conn, welcome); err != nil {
 		return fmt.Errorf("answer agent's hello: %w", err)
 	}
@@ -290,7 +291,7 @@ func (s *Sandbox) greet(ctx context.Context) error {
 }
 
 // answer decides about an agent by its Hello.
-func answer(hello *api.Hello, id string) (*api.Welcome, error) {
+func answer(hello *api.Hello) (*api.Welcome, error) {
 	if hello.GetProtocol() != api.ProtocolVersion {
 		err := fmt.Errorf("agent %q in the guest's initramfs speaks protocol %d, this shim (%s) %d: install shim and guest files of one release",
 			printable(hello.GetVersion(), 64), hello.GetProtocol(), version.Version, api.ProtocolVersion)
@@ -298,5 +299,12 @@ func answer(hello *api.Hello, id string) (*api.Welcome, error) {
 	}
 	seed := make([]byte, seedBytes)
 	rand.Read(seed)
-	return &api.Welcome{Time: timestamppb.Now(), Seed: seed, Hostname: hostname(id)}, nil
+	// A container that is given no host name has the machine's: with runc that
+	// is the host's.
+	name, err := os.Hostname()
+	if err != nil {
+		err = fmt.Errorf("find the host's name: %w", err)
+		return &api.Welcome{Refused: "the host has an error of its own"}, err
+	}
+	return &api.Welcome{Time: timestamppb.Now(), Seed: seed, Hostname: name}, nil
 }

@@ -34,20 +34,6 @@ func credential(namespace, id string) *syscall.Credential {
 	return &syscall.Credential{Uid: uid, Gid: uid}
 }
 
-// hostname makes an id a valid host name: at most 63 letters, digits and '-'.
-func hostname(id string) string {
-	name := strings.Map(func(r rune) rune {
-		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
-			return r
-		}
-		return '-'
-	}, id)
-	if len(name) > 63 {
-		name = name[:63]
-	}
-	return strings.Trim(name, "-")
-}
-
 // printable makes guest text fit for a log or an error.
 func printable(s string, max int) string {
 	s = strings.Map(func(r rune) rune {
