@@ -90,6 +90,14 @@ func (p *Plan) SetSource(i int, guestPath string) {
 	p.Spec.Mounts[p.Binds[i].Mount].Source = guestPath
 }
 
+// SetPartlyReadOnly is for a read-only Binds[i] with mounts below it that are
+// not: the guest sees all of them as one file system, so what is read-only is
+// left to the host, which has it enforced.
+func (p *Plan) SetPartlyReadOnly(i int) {
+	m := &p.Spec.Mounts[p.Binds[i].Mount]
+	m.Options = slices.DeleteFunc(m.Options, func(o string) bool { return o == "ro" })
+}
+
 // Rewrite turns a container's spec into the guest's.
 func Rewrite(in Input) (*Plan, error) {
 	if err := checkInput(in); err != nil {

@@ -302,6 +302,9 @@ func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *conta
 			return nil, fmt.Errorf("OCI runtime create failed: error mounting %q to rootfs at %q: %w", b.Source, b.Destination, err)
 		}
 		plan.SetSource(i, path.Join(api.GuestShare, entry.Share))
+		if entry.PartlyReadOnly {
+			plan.SetPartlyReadOnly(i)
+		}
 		c.volumes = append(c.volumes, anchor.Bind{Source: entry.Host, Target: b.Destination})
 	}
 	return guestspec.Encode(plan.Spec)

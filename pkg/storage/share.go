@@ -33,6 +33,7 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/pkg/podns"
@@ -76,6 +77,10 @@ type Entry struct {
 	Host string
 	// Dir tells a folder from any other kind of file.
 	Dir bool
+	// PartlyReadOnly: it is read-only, and what is mounted below it, or may be
+	// later, is not. The guest sees all of it as one file system, so only the
+	// host's mounts can tell the two apart.
+	PartlyReadOnly bool
 }
 
 // NewShare makes an empty shared folder: a file system of its own, mounted at
@@ -176,10 +181,30 @@ func (s *Share) AddBind(container, source string, o BindOptions) (Entry, error) 
 		})
 		return err
 	})
+	if err == nil && o.Recursive && o.ReadOnly && !o.ReadOnlyRecursive {
+		e.PartlyReadOnly = o.Slave
+		if !o.Slave {
+			e.PartlyReadOnly, err = hasSubmounts(source)
+		}
+	}
 	if err != nil {
 		return Entry{}, fmt.Errorf("share %s: %w", source, err)
 	}
 	return e, nil
+}
+
+// hasSubmounts reports whether something is mounted below path in the calling
+// thread's mount namespace.
+func hasSubmounts(path string) (bool, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return false, err
+	}
+	below, err := mountinfo.GetMounts(mountinfo.PrefixFilter(path))
+	if err != nil {
+		return false, fmt.Errorf("list mounts: %w", err)
+	}
+	return slices.ContainsFunc(below, func(m *mountinfo.Info) bool { return m.Mountpoint != path }), nil
 }
 
 // container returns the state of a container, making its folder when it is
