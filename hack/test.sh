@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 MODULE=github.com/vmrt/vmrt
 # Packages whose tests start virtual machines or a containerd. They run one
 # after the other: they measure time, and each can keep the machine busy.
-VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/...)
+VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/network ./pkg/storage ./pkg/vsock ./tests/...)
 # The package that runs critest, which takes long, has a target of its own.
 CRITEST=$MODULE/tests/critest
 # The tests among them that do so, by their names; test-unit is without.
