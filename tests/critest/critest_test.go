@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -93,14 +94,20 @@ func testCRI(t *testing.T, mode string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if *focus != "" {
+		specs = slices.DeleteFunc(specs, func(s spec) bool { return s.Message == leftOut })
+	}
 	counts := map[string]int{}
-	seen := map[string]bool{}
+	used := make([]bool, len(listed))
 	for _, s := range specs {
 		counts[s.State]++
-		seen[s.Name] = true
-		e, ok := listed[s.Name]
+		var e exception
+		i := find(listed, s.Name)
+		if i >= 0 {
+			e, used[i] = listed[i], true
+		}
 		t.Run(strings.ReplaceAll(s.Name, "/", "-"), func(t *testing.T) {
-			switch bad, skip := verdict(s, e, ok); {
+			switch bad, skip := verdict(s, e, i >= 0); {
 			case bad != "":
 				t.Errorf("after %.1f s %s", s.Took.Seconds(), bad)
 			case skip != "":
@@ -108,11 +115,9 @@ func testCRI(t *testing.T, mode string) {
 			}
 		})
 	}
-	if *focus == "" {
-		for name := range listed {
-			if !seen[name] {
-				t.Errorf("docs/critest.md lists %q, which did not run", name)
-			}
+	for i, e := range listed {
+		if *focus == "" && !used[i] {
+			t.Errorf("docs/critest.md lists %q, which does not exist", e.Spec)
 		}
 	}
 	if len(specs) == 0 {
@@ -138,7 +143,7 @@ func runCritest(ctx context.Context, t *testing.T, e *env.Env, out string) error
 		return err
 	}
 	args := []string{
-		"run", "--no-color", "-v", "--procs", strconv.Itoa(*nodes), "--skip", "benchmark",
+		"run", "--no-color", "-v", "--procs", strconv.Itoa(*nodes), "--skip", "benchmark|AppArmor",
 		"--json-report", "report.json", "--output-dir", out,
 	}
 	if *focus != "" {
@@ -152,6 +157,12 @@ func runCritest(ctx context.Context, t *testing.T, e *env.Env, out string) error
 		"-runtime-endpoint", "unix://"+e.Socket, "-image-endpoint", "unix://"+e.Socket, "-runtime-handler", *runtimeName)
 	t.Logf("output: %s", log.Name())
 	cmd := e.Command(ctx, "ginkgo", args...)
+	// critest leaves folders behind, which go with the environment's.
+	tmp := filepath.Join(e.Dir, "tmp")
+	if err := os.Mkdir(tmp, 0o777); err != nil {
+		return err
+	}
+	cmd.Env = append(cmd.Env, "TMPDIR="+tmp)
 	cmd.Stdout, cmd.Stderr = log, log
 	err = cmd.Cmd.Run()
 	var exit *exec.ExitError

@@ -9,6 +9,8 @@ import (
 
 // exception is a spec that does not pass, and why.
 type exception struct {
+	// Spec is the spec's whole name, or ends in "*" and stands for all that
+	// begin with the rest.
 	Spec string
 	// Runtime is "vmrt", "runc" or "both".
 	Runtime string
@@ -46,15 +48,19 @@ func readExceptions(file string) ([]exception, error) {
 	return all, nil
 }
 
-// forRuntime returns the exceptions of one runtime by spec.
-func forRuntime(all []exception, runtime string) map[string]exception {
-	m := map[string]exception{}
-	for _, e := range all {
-		if e.Runtime == runtime || e.Runtime == "both" {
-			m[e.Spec] = e
-		}
-	}
-	return m
+// forRuntime returns the exceptions of one runtime.
+func forRuntime(all []exception, runtime string) []exception {
+	return slices.DeleteFunc(slices.Clone(all), func(e exception) bool {
+		return e.Runtime != runtime && e.Runtime != "both"
+	})
+}
+
+// find returns the index of a spec's exception, or -1.
+func find(all []exception, name string) int {
+	return slices.IndexFunc(all, func(e exception) bool {
+		prefix, several := strings.CutSuffix(e.Spec, "*")
+		return e.Spec == name || several && strings.HasPrefix(name, prefix)
+	})
 }
 
 // verdict tells what a spec's outcome means, given its exception if there is

@@ -20,10 +20,12 @@ type spec struct {
 	Took time.Duration
 }
 
+// leftOut is the message of a spec that ginkgo was told not to run.
+const leftOut = "left out by its name"
+
 // readReport reads the JSON report of ginkgo (package types of
-// github.com/onsi/ginkgo/v2, types Report and SpecReport). Specs that were
-// filtered out are not among the result. What fails around the specs counts as
-// a spec of its own.
+// github.com/onsi/ginkgo/v2, types Report and SpecReport). What fails around
+// the specs counts as a spec of its own.
 func readReport(file string) ([]spec, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -62,7 +64,7 @@ func readReport(file string) ([]spec, error) {
 			}
 			f := r.Failure
 			if r.State == "skipped" && f.Message == "" {
-				continue
+				f.Message = leftOut
 			}
 			message := strings.TrimSpace(f.Message + "\n" + f.ForwardedPanic)
 			if f.Location.FileName != "" && r.State != "skipped" {

@@ -31,6 +31,7 @@ func TestReadReport(t *testing.T) {
 	want := []spec{
 		{Name: "AfterSuite", State: "panicked", Message: "m\np"},
 		{Name: "[k8s.io] A b c", State: "passed", Took: 1500 * time.Millisecond},
+		{Name: "filtered out", State: "skipped", Message: leftOut},
 		{Name: "skips", State: "skipped", Message: "no AppArmor"},
 		{Name: "fails", State: "failed", Message: "a.go:7: why"},
 		{Name: "suite", State: "failed", Message: "Suite Timeout Elapsed"},
@@ -48,9 +49,9 @@ func TestReadExceptions(t *testing.T) {
 	const head = "# Title\n\n| spec | runtime | outcome | reason |\n|---|---|---|---|\n"
 	got, err := readExceptions(writeFile(t, head+
 		"| `[k8s.io] A b` | vmrt | fails | needs the host |\n| `c` | both | skips | no AppArmor |\n| `d` | runc | skips | x |\n"))
-	want := map[string]exception{
-		"[k8s.io] A b": {"[k8s.io] A b", "vmrt", "fails", "needs the host"},
-		"c":            {"c", "both", "skips", "no AppArmor"},
+	want := []exception{
+		{"[k8s.io] A b", "vmrt", "fails", "needs the host"},
+		{"c", "both", "skips", "no AppArmor"},
 	}
 	if diff := cmp.Diff(want, forRuntime(got, "vmrt")); diff != "" || err != nil {
 		t.Errorf("readExceptions = %v; for vmrt (-want +got):\n%s", err, diff)
@@ -58,6 +59,15 @@ func TestReadExceptions(t *testing.T) {
 	for _, row := range []string{"| a | crun | fails | x |", "| a | vmrt | flakes | x |", "| a | vmrt | fails | |"} {
 		if _, err := readExceptions(writeFile(t, head+row+"\n")); err == nil || !strings.Contains(err.Error(), ":5: ") {
 			t.Errorf("readExceptions(%s) = %v; want an error that names line 5", row, err)
+		}
+	}
+}
+
+func TestFind(t *testing.T) {
+	all := []exception{{Spec: "a b"}, {Spec: "a c *"}}
+	for name, want := range map[string]int{"a b": 0, "a b c": -1, "a c d": 1, "a c e f": 1, "a c": -1, "d": -1} {
+		if got := find(all, name); got != want {
+			t.Errorf("find(%q) = %d; want %d", name, got, want)
 		}
 	}
 }
