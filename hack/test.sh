@@ -60,12 +60,12 @@ kvm() {
 
 case ${1:-} in
 all)
-	prepare containerd containerd-2.3 runc nerdctl cni
+	prepare containerd containerd-2.3 runc nerdctl cni critools
 	{ go_test $(others); go_test -p 1 $(vm); } | summary
 	;;
 unit) go_test -short -skip "$VM_TESTS" $(go list ./... | grep -v "^$MODULE/tests") | summary ;;
 vm)
-	prepare containerd containerd-2.3 runc nerdctl cni
+	prepare containerd containerd-2.3 runc nerdctl cni critools
 	go_test -p 1 $(vm) | summary
 	;;
 kvm)
@@ -84,7 +84,7 @@ critest)
 	exit $status
 	;;
 bench)
-	prepare containerd containerd-2.3 runc nerdctl cni
+	prepare containerd containerd-2.3 runc nerdctl cni critools
 	go test -p 1 -run '^$' -bench "${BENCH:-.}" -timeout 60m ${TEST_FLAGS:-} ./...
 	;;
 *)

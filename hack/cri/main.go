@@ -1,6 +1,6 @@
 // Command cri starts a private containerd in which pods run, as package
-// tests/env describes, and runs a command or a shell inside. crictl, ctr and
-// nerdctl are in PATH and know where containerd is. The programs of this
+// tests/env describes, and runs a command or a shell inside. crictl and ctr are
+// in PATH and know where containerd is. The programs of this
 // project must stand in bin/ (`make build`). Run it as root:
 //
 //	go run ./hack/cri                       # a shell; pods run with vmrt
@@ -14,6 +14,9 @@
 //	ctr=$(crictl create $pod $PODS/container.json $PODS/pod.json)
 //	crictl start $ctr; crictl exec $ctr uname -r; crictl logs $ctr
 //	crictl rmp -fa
+//
+// With -critest the images of package tests/env/criimage can be pulled too:
+// registry.k8s.io/e2e-test-images/nginx:1.14-2 is a web server.
 //
 // Everything ends with the shell. VMRT_KEEP=1 keeps the folder with the logs.
 package main
@@ -31,6 +34,7 @@ import (
 
 	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env"
+	"github.com/vmrt/vmrt/tests/env/criimage"
 	"github.com/vmrt/vmrt/tests/env/image"
 )
 
@@ -39,12 +43,13 @@ func main() {
 	flag.StringVar(&cri.Runtime, "runtime", "vmrt", "runtime `handler` of pods that name none: vmrt or runc")
 	flag.StringVar(&cri.Sandboxer, "sandboxer", "podsandbox", "how vmrt's sandboxes are run: podsandbox or shim")
 	vmrt := flag.String("config", "", "configuration `file` of vmrt")
+	critest := flag.Bool("critest", false, "serve critest's images too")
 	flag.Parse()
 	args := flag.Args()
 	if len(args) == 0 {
 		args = []string{"bash", "--norc"}
 	}
-	err := run(cri, *vmrt, args)
+	err := run(cri, *critest, *vmrt, args)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 0 {
 		os.Exit(exit.ExitCode())
@@ -55,7 +60,7 @@ func main() {
 	}
 }
 
-func run(cri env.CRI, vmrt string, args []string) (err error) {
+func run(cri env.CRI, critest bool, vmrt string, args []string) (err error) {
 	ctx := context.Background()
 	root, err := tools.Root()
 	if err != nil {
@@ -66,7 +71,14 @@ func run(cri env.CRI, vmrt string, args []string) (err error) {
 		return err
 	}
 	cri.Images = []image.Image{busybox}
-	cfg := env.Config{CRI: &cri, BinDirs: []string{filepath.Join(root, "bin")}, Tools: []string{"nerdctl"}, Progress: os.Stderr}
+	if critest {
+		more, err := criimage.All(ctx)
+		if err != nil {
+			return err
+		}
+		cri.Images = append(cri.Images, more...)
+	}
+	cfg := env.Config{CRI: &cri, BinDirs: []string{filepath.Join(root, "bin")}, Progress: os.Stderr}
 	if vmrt != "" {
 		b, err := os.ReadFile(vmrt)
 		if err != nil {

@@ -1,7 +1,8 @@
 // Package tools builds the programs of other projects that demonstrations and
 // tests run: containerd, runc, nerdctl and so on. Each one is pinned by a
-// module of its own in a folder beside this file, whose go.mod names the
-// programs as tools and whose go.sum fixes every byte that is compiled.
+// module in a folder beside this file, whose go.mod names the programs as tools
+// and whose go.sum fixes every byte that is compiled. Few are edited first: see
+// Edit.
 //
 // What is built goes to a cache outside the tree, in a folder named after the
 // hash of everything that went in; a second call finds it there. Calls from
