@@ -236,7 +236,7 @@ func addProgram(a *initramfs.Archive, name, file string) error {
 func TestVM(t *testing.T) {
 	for _, kind := range []string{guest.Tuned, guest.Stock} {
 		t.Run(kind, func(t *testing.T) {
-			v := bootVM(t, vmSpec{kind: kind, cpus: 2, cmdline: []string{"maxcpus=1"}})
+			v := bootVM(t, vmSpec{kind: kind, cpus: 2, cmdline: []string{"maxcpus=1"}, programs: loopbackPrograms(t)})
 			t.Logf("kernel %s, agent %s ready after %v", v.hello.Kernel, v.hello.Version, v.ready)
 			if kind == guest.Tuned {
 				suite(t, v)
@@ -244,6 +244,7 @@ func TestVM(t *testing.T) {
 				smoke(t, v)
 			}
 			verbs(t, v)
+			dials(t, v)
 		})
 	}
 }
