@@ -90,6 +90,7 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 		init: newProcess("", stdio.Config{
 			Namespace: s.namespace, ID: r.ID,
 			Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
+			Streaming: s.streaming,
 		}),
 	}
 	s.mu.Lock()

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/streaming"
 )
 
 // publishTimeout bounds one attempt to hand an event to containerd; the
@@ -149,21 +150,28 @@ func (s *service) guestExit(e *eventstypes.TaskExit) {
 		}
 	}
 	at := exitTime(e.ExitedAt, time.Now())
-	if !p.hasLogger() {
-		s.exited(c, p, e.ExitStatus, at)
-		return
-	}
 	// The exit of init is a container's last event, so that none can overtake
 	// it; that of an exec waits here, and not for long.
-	if p == c.init {
+	switch {
+	case p != c.init:
+		if p.hasLogger() {
+			p.flushLogger(execLoggerGrace)
+		}
+		// CRI reads the streams of an exec to their end.
+		s.exited(c, p, e.ExitStatus, at)
+	case p.hasLogger():
 		go func() {
 			p.flushLogger(drainTimeout)
 			s.exited(c, p, e.ExitStatus, at)
 		}()
-		return
+	case p.hasStreams():
+		go func() {
+			p.settleStreams(drainTimeout)
+			s.exited(c, p, e.ExitStatus, at)
+		}()
+	default:
+		s.exited(c, p, e.ExitStatus, at)
 	}
-	p.flushLogger(execLoggerGrace)
-	s.exited(c, p, e.ExitStatus, at)
 }
 
 // execLoggerGrace is how long the report of an exec's exit waits for output
@@ -187,6 +195,25 @@ func (p *process) flushLogger(limit time.Duration) {
 	if err := io.Drain(ctx); err != nil {
 		log.L.WithError(err).WithField("container", p.stdio.ID).Debug("exit reported before all output was logged")
 	}
+}
+
+// hasStreams reports whether clients of the streaming service take the
+// process's output.
+func (p *process) hasStreams() bool {
+	return streaming.IsURI(p.stdio.Stdout) || streaming.IsURI(p.stdio.Stderr)
+}
+
+// settleStreams lets clients have what the process wrote before its exit is
+// reported, when CRI ends its streams. Output that does not move is not waited
+// for.
+func (p *process) settleStreams(limit time.Duration) {
+	io := p.getIO()
+	if io == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	io.Settle(ctx)
 }
 
 // exited records and announces the end of a process, once.

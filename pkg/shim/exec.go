@@ -58,6 +58,7 @@ func (s *service) addExec(r *taskapi.ExecProcessRequest) error {
 	p := newProcess(r.ExecID, stdio.Config{
 		Namespace: s.namespace, ID: c.id,
 		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
+		Streaming: s.streaming,
 	})
 	p.spec = &spec
 	if err := c.addExec(p); err != nil {

@@ -6,7 +6,24 @@ import (
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
+	"golang.org/x/sys/unix"
 )
+
+// listener is the file descriptor of the shim's socket: where `shim start` puts
+// it, and containerd's shim library expects it.
+const listener = 3
+
+// ownSocket returns the path of the shim's socket, or "".
+func ownSocket() string {
+	addr, err := unix.Getsockname(listener)
+	if err != nil {
+		return ""
+	}
+	if a, ok := addr.(*unix.SockaddrUnix); ok {
+		return a.Name
+	}
+	return ""
+}
 
 // containerd's shim library finds the services of a shim in its plugin
 // registry.
@@ -24,7 +41,7 @@ func init() {
 			if err != nil {
 				return nil, err
 			}
-			return newService(ic.Context, publisher.(containerdshim.Publisher), sd.(shutdown.Service))
+			return newService(ic.Context, publisher.(containerdshim.Publisher), sd.(shutdown.Service), ownSocket())
 		},
 	})
 }

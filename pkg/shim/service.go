@@ -32,6 +32,7 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/sandbox"
+	"github.com/vmrt/vmrt/pkg/streaming"
 )
 
 // Deadlines of requests to the guest, and of what the shim does on its own.
@@ -60,6 +61,8 @@ type service struct {
 	namespace string
 	events    *eventQueue
 	shutdown  shutdown.Service
+	// streaming has the streams that clients open on the shim's socket.
+	streaming *streaming.Service
 
 	mu         sync.Mutex
 	containers map[string]*container
@@ -84,7 +87,8 @@ var (
 	_ containerdshim.TTRPCService    = (*service)(nil)
 )
 
-func newService(ctx context.Context, publisher containerdshim.Publisher, sd shutdown.Service) (*service, error) {
+// newService returns the service of a shim that is reached by a socket.
+func newService(ctx context.Context, publisher containerdshim.Publisher, sd shutdown.Service, socket string) (*service, error) {
 	ns, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
 		return nil, err
@@ -94,6 +98,7 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 		namespace:  ns,
 		events:     newEventQueue(ctx, publisher),
 		shutdown:   sd,
+		streaming:  streaming.New(socket),
 		containers: map[string]*container{},
 	}
 	sd.RegisterCallback(func(ctx context.Context) error {
@@ -102,10 +107,11 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 	return s, nil
 }
 
-// RegisterTTRPC makes the service reachable.
+// RegisterTTRPC makes the services reachable.
 func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
 	taskapi.RegisterTTRPCTaskService(server, s)
 	sandboxapi.RegisterTTRPCSandboxService(server, s)
+	s.streaming.Register(server)
 	return nil
 }
 

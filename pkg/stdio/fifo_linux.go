@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,16 +59,16 @@ func (h *handle) hold(flag int) (*os.File, error) {
 	}
 }
 
-// input is the client's stdin: a FIFO, or any file.
-type input struct {
+// fileInput is a FIFO, or any file.
+type fileInput struct {
 	r *os.File
 	// writer is a write end of the FIFO: while it is open the FIFO does not
 	// end, whatever clients come and go. Nil with other files.
 	writer *os.File
 }
 
-// openInput does not wait for a writer.
-func openInput(path string) (*input, error) {
+// openFile does not wait for a writer.
+func openFile(path string) (*fileInput, error) {
 	h, err := openHandle(path)
 	if err != nil {
 		return nil, err
@@ -77,7 +78,7 @@ func openInput(path string) (*input, error) {
 	if err != nil {
 		return nil, err
 	}
-	in := &input{r: r}
+	in := &fileInput{r: r}
 	if h.fifo {
 		if in.writer, err = h.hold(unix.O_WRONLY); err != nil {
 			r.Close()
@@ -87,8 +88,12 @@ func openInput(path string) (*input, error) {
 	return in, nil
 }
 
-// release lets the FIFO end with the last client. Idempotent.
-func (in *input) release() error {
+func (in *fileInput) copyTo(conn Conn, idle time.Duration) error {
+	return toGuest(conn, in.r, idle)
+}
+
+// release lets the FIFO end with the last client.
+func (in *fileInput) release() error {
 	if in.writer == nil {
 		return nil
 	}
@@ -98,8 +103,10 @@ func (in *input) release() error {
 	return nil
 }
 
-// close ends a read that waits. Idempotent.
-func (in *input) close() {
+// finish lets a client that still writes read EPIPE.
+func (in *fileInput) finish() { in.close() }
+
+func (in *fileInput) close() {
 	in.release()
 	in.r.Close()
 }

@@ -8,40 +8,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 
-	"github.com/containerd/errdefs"
+	"github.com/vmrt/vmrt/pkg/streaming"
 )
-
-// NotImplementedError says that a stream is named by a scheme that is known
-// but not served: containerd's streaming service, <ttrpc|grpc>+<transport>.
-// It is an errdefs.ErrNotImplemented.
-type NotImplementedError struct {
-	// Stream is "stdin", "stdout" or "stderr".
-	Stream string
-	// Scheme is the URI's.
-	Scheme string
-}
-
-func (e *NotImplementedError) Error() string {
-	return fmt.Sprintf("%s: STDIO scheme %s: not implemented", e.Stream, e.Scheme)
-}
-
-// Unwrap returns errdefs.ErrNotImplemented.
-func (e *NotImplementedError) Unwrap() error { return errdefs.ErrNotImplemented }
-
-// checkSchemes refuses streaming URIs before anything is opened.
-func (s *IO) checkSchemes(cfg Config) error {
-	for _, st := range []struct{ name, value string }{
-		{"stdin", cfg.Stdin}, {"stdout", cfg.Stdout}, {"stderr", cfg.Stderr},
-	} {
-		scheme, _, ok := strings.Cut(st.value, "://")
-		if ok && (strings.HasPrefix(scheme, "ttrpc+") || strings.HasPrefix(scheme, "grpc+")) {
-			return s.errorf("open "+st.name, &NotImplementedError{Stream: st.name, Scheme: scheme})
-		}
-	}
-	return nil
-}
 
 // output is where one of stdout and stderr goes.
 type output interface {
@@ -54,7 +23,8 @@ type output interface {
 }
 
 // openOutputs sets stdout, stderr and logger. The scheme of Stdout decides for
-// both streams, as it does in containerd's runc shim.
+// both streams, as it does in containerd's runc shim; paths and streams may go
+// together.
 func (s *IO) openOutputs(ctx context.Context, cfg Config) error {
 	if cfg.null() && !cfg.Terminal {
 		return nil
@@ -62,6 +32,9 @@ func (s *IO) openOutputs(ctx context.Context, cfg Config) error {
 	u, err := url.Parse(cfg.Stdout)
 	if err != nil {
 		return fmt.Errorf("parse stdout URI: %w", err)
+	}
+	if streaming.IsURI(cfg.Stdout) {
+		return s.openPaths(ctx, cfg)
 	}
 	switch u.Scheme {
 	case "", "fifo":
@@ -81,7 +54,13 @@ func (s *IO) openPaths(ctx context.Context, cfg Config) error {
 		if path == "" {
 			return discard{}, nil
 		}
-		o, err := openOutput(ctx, path)
+		var o output
+		var err error
+		if streaming.IsURI(path) {
+			o, err = s.openStream(name, path, cfg)
+		} else {
+			o, err = openOutput(ctx, path)
+		}
 		if err != nil {
 			return nil, s.errorf("open "+name+" "+path, err)
 		}

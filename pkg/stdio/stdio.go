@@ -1,13 +1,14 @@
 // Package stdio is the host side of a process's standard streams. It copies
-// between what containerd names (FIFOs, files, logging binaries) and one
-// connection to the guest for each stream, so that a client sees what it would
-// see of containerd's own runc shim.
+// between what containerd names (FIFOs, files, logging binaries, streams of
+// containerd's streaming service) and one connection to the guest for each
+// stream, so that a client sees what it would see of containerd's own runc shim.
 //
 // The contract:
 //
 //   - Nothing here delays the report of an exit. Streams end on their own:
 //     a host end is closed once the guest has ended the stream and the last
 //     byte was handed over, which is what clients wait for before they delete.
+//     Clients that do not wait for it are those of Drain and Settle.
 //   - A byte that arrived before the guest ended a stream is delivered, however
 //     late Drain is called. Only Close discards.
 //   - A client that does not read blocks its own stream alone. Each stream
@@ -18,6 +19,7 @@
 //     process.
 //   - The process reads the end of its stdin once CloseStdin was called and
 //     every client has closed its write end, after all that was written.
+//   - What is written while no client has an output open waits for one.
 //
 // An IO may be used from any goroutine. Not guaranteed: that a client has read
 // what its FIFO holds, or a logger has stored what it read; and, as with every
@@ -34,6 +36,8 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+
+	"github.com/vmrt/vmrt/pkg/streaming"
 )
 
 // Config is what containerd says about the streams of a process. All names
@@ -44,10 +48,14 @@ type Config struct {
 	// ID is the container's id, or the exec id of an additional process.
 	// Logging binaries are told, and errors name it.
 	ID string
-	// Stdin is the path of a FIFO.
+	// Stdin is the path of a FIFO, or the URI of a stream.
 	Stdin string
-	// Stdout and Stderr are each the path of a FIFO or of an existing file.
-	// Stdout may be a URI instead, which then stands for both streams:
+	// Stdout and Stderr are each the path of a FIFO or of an existing file,
+	// or the URI of a stream:
+	//
+	//	ttrpc+unix:///path?streaming_id=id
+	//
+	// Stdout may be another URI instead, which then stands for both streams:
 	//
 	//	file:///path                  append to a file
 	//	binary:///path?key=value      a logging binary
@@ -56,6 +64,8 @@ type Config struct {
 	// Terminal says that the process has a terminal: its output is one
 	// stream, stdout.
 	Terminal bool
+	// Streaming has the streams that URIs name. Nil refuses them.
+	Streaming *streaming.Service
 }
 
 func (c Config) null() bool { return c.Stdin == "" && c.Stdout == "" && c.Stderr == "" }
@@ -69,8 +79,11 @@ type Conn interface {
 // timing holds the package's bounds.
 type timing struct {
 	// open bounds Open. The client's reader and a logging binary must be
-	// there by then; runc's shim allows as much.
+	// there by then; runc's shim allows as much. Of a stream whose client has
+	// not come by then the log tells.
 	open time.Duration
+	// quiet is how long Settle waits for output that does not move.
+	quiet time.Duration
 	// idle is how long a stream keeps its buffer after the last byte.
 	idle time.Duration
 	// pumps bounds how long Close waits for copying to end.
@@ -80,6 +93,7 @@ type timing struct {
 
 var defaultTiming = timing{
 	open:   30 * time.Second,
+	quiet:  time.Second,
 	idle:   2 * time.Second,
 	pumps:  5 * time.Second,
 	logger: defaultLoggerTiming,
@@ -93,7 +107,7 @@ type IO struct {
 
 	// Set by Open and not changed. A nil input or output is a stream that
 	// the guest need not connect.
-	stdin          *input
+	stdin          input
 	stdout, stderr output
 	logger         *logger
 
@@ -109,7 +123,8 @@ type IO struct {
 
 // Open opens or starts everything on the host: FIFOs, files, a logging binary.
 // Nothing flows before Attach. An output FIFO needs a reader, which Open waits
-// for until ctx ends or 30 s have passed. An error leaves nothing behind.
+// for until ctx ends or 30 s have passed. It does not wait for the client of a
+// stream, which can come at any time. An error leaves nothing behind.
 //
 // Messages about the streams go to the logger of ctx, until Close.
 func Open(ctx context.Context, cfg Config) (*IO, error) {
@@ -119,9 +134,6 @@ func Open(ctx context.Context, cfg Config) (*IO, error) {
 func open(ctx context.Context, cfg Config, t timing) (_ *IO, err error) {
 	s := &IO{id: cfg.ID, log: log.G(ctx).WithField("stdio", cfg.ID), timing: t}
 	s.shutdown = sync.OnceValue(s.close)
-	if err := s.checkSchemes(cfg); err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, t.open)
 	defer cancel()
 	defer func() {
@@ -131,7 +143,7 @@ func open(ctx context.Context, cfg Config, t timing) (_ *IO, err error) {
 	}()
 	// Stdin never waits, and a client may open its ends one after another.
 	if cfg.Stdin != "" {
-		if s.stdin, err = openInput(cfg.Stdin); err != nil {
+		if s.stdin, err = openStdin(cfg); err != nil {
 			return nil, s.errorf("open stdin "+cfg.Stdin, err)
 		}
 	}
@@ -184,7 +196,7 @@ func (s *IO) attach(stdin, stdout, stderr Conn) (useless []Conn) {
 	if own(stdin, s.stdin != nil) {
 		s.feeding = append(s.feeding, start(func() { s.feed(stdin) }))
 	} else if usable && s.stdin != nil {
-		s.feeding = append(s.feeding, start(s.stdin.close))
+		s.feeding = append(s.feeding, start(s.stdin.finish))
 	}
 	for _, o := range []struct {
 		name string
@@ -213,8 +225,8 @@ func start(f func()) <-chan struct{} {
 // feed copies the client's stdin to the guest. The connection stays open after
 // its half-close: the guest may still be reading.
 func (s *IO) feed(conn Conn) {
-	defer s.stdin.close()
-	err := toGuest(conn, s.stdin.r, s.timing.idle)
+	defer s.stdin.finish()
+	err := s.stdin.copyTo(conn, s.timing.idle)
 	if err == nil {
 		err = conn.CloseWrite()
 	}
@@ -260,16 +272,18 @@ func (s *IO) CloseStdin() error {
 
 // Drain waits until the guest has ended every output and all of it was
 // delivered, or for ctx. Output is delivered once it is in the client's FIFO or
-// in the file; what goes to a logging binary, once the binary has read it.
-// Without Attach there is nothing to wait for.
+// in the file; what goes to a logging binary, once the binary has read it; and
+// what goes to a stream, once the client has read the end and closed its
+// connection, or has had half a second for that. Without Attach there is
+// nothing to wait for.
 func (s *IO) Drain(ctx context.Context) error {
 	s.mu.Lock()
 	draining := s.draining
 	s.mu.Unlock()
-	if !wait(ctx, draining) {
-		return s.errorf("drain output", ctx.Err())
+	if wait(ctx, draining) {
+		return nil
 	}
-	return nil
+	return s.errorf("drain output", errors.Join(append([]error{ctx.Err()}, s.absent()...)...))
 }
 
 // wait returns true when all channels are closed and false when ctx ends first.
