@@ -84,6 +84,8 @@ type shim struct {
 	bundle string
 	dir    string
 	events *events
+	// socket is the path of the shim's socket.
+	socket string
 	client *ttrpc.Client
 	task   taskapi.TTRPCTaskService
 	log    *shimLog
@@ -243,7 +245,8 @@ func (s *shim) start(events string) {
 	if result.Version != 3 || result.Protocol != "ttrpc" {
 		s.t.Fatalf("shim start = version %d, protocol %q; want 3, ttrpc", result.Version, result.Protocol)
 	}
-	conn, err := net.Dial("unix", strings.TrimPrefix(result.Address, "unix://"))
+	s.socket = strings.TrimPrefix(result.Address, "unix://")
+	conn, err := net.Dial("unix", s.socket)
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -40,6 +40,10 @@ type collector struct {
 	more chan struct{} // closed and replaced at each Write
 }
 
+func newCollector() *collector {
+	return &collector{done: make(chan struct{}), more: make(chan struct{})}
+}
+
 func (c *collector) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -108,7 +112,7 @@ func newStreams(t testing.TB, stdin, terminal bool) *streams {
 
 func collect(t testing.TB, path string) *collector {
 	t.Helper()
-	c := &collector{done: make(chan struct{}), more: make(chan struct{})}
+	c := newCollector()
 	go func() {
 		defer close(c.done)
 		// Blocks until the shim opens its end.
