@@ -235,13 +235,13 @@ func (s *Sandbox) watch() {
 		why = fmt.Errorf("file system daemon ended: %w", orUnknown(s.daemon.Err()))
 	case <-s.agentGone:
 		why = errors.New("agent ended its connection")
-		// A guest that panics or powers off drops the connection first: its
-		// VMM's end, just after, says more.
-		select {
-		case <-s.vm.Done():
-			why = orUnknown(s.vm.Err())
-		case <-time.After(agentGoneGrace):
-		}
+	}
+	// Both come first when the VMM ends, or a guest that panics or powers off:
+	// the VMM's end, just after, says more.
+	select {
+	case <-s.vm.Done():
+		why = orUnknown(s.vm.Err())
+	case <-time.After(vmEndGrace):
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
@@ -250,8 +250,8 @@ func (s *Sandbox) watch() {
 	}
 }
 
-// agentGoneGrace is how long a guest without an agent may take to end.
-const agentGoneGrace = time.Second
+// vmEndGrace is how long a guest without an agent may take to end.
+const vmEndGrace = time.Second
 
 // killTimeout bounds the wait for a killed process.
 const killTimeout = 10 * time.Second

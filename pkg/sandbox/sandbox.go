@@ -43,6 +43,8 @@ type Config struct {
 	ID, Namespace string
 	// Settings come from the configuration file.
 	Settings *config.Config
+	// Socket is the path of the shim's socket, for the state file.
+	Socket string
 	// NetNS is the path of the pod's network namespace; empty for a new one.
 	NetNS string
 	// CgroupsPath is the OCI spec's, for the pod's cgroup on the host.
@@ -252,7 +254,7 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 func (s *Sandbox) Save(containers map[string]state.Container) error {
 	st := &state.Sandbox{
 		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
-		CgroupPath: s.cgroup.Path(), NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
+		Socket: s.cfg.Socket, CgroupPath: s.cgroup.Path(), NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
 		Vsock: s.boot.Transport, CID: s.boot.CID,
 	}
 	var err error

@@ -113,7 +113,19 @@ func cleanup(ctx context.Context, store state.Store, st *state.Sandbox, id strin
 	if len(st.Containers) > 0 {
 		return store.Save(st)
 	}
+	if err := removeSocket(st.Socket); err != nil {
+		return fmt.Errorf("clean up sandbox %s: %w", st.ID, err)
+	}
 	return store.Remove(st.Namespace, st.ID)
+}
+
+// removeSocket removes the socket of a dead shim. One that is served is that of
+// a new shim for the same sandbox.
+func removeSocket(path string) error {
+	if path == "" || containerdshim.CanConnect("unix://"+path) {
+		return nil
+	}
+	return containerdshim.RemoveSocket("unix://" + path)
 }
 
 func removeCgroup(ctx context.Context, path string) error {

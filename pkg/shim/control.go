@@ -49,8 +49,11 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
+	// Others of the container's processes may be left, unless the virtual
+	// machine has ended as well.
+	_, dead := s.guest()
 	switch state, _, _ := p.snapshot(); {
-	case state == statusStopped && !(r.All && p == c.init):
+	case state == statusStopped && (!r.All || p != c.init || dead != nil):
 		return nil, errgrpc.ToGRPC(fmt.Errorf("process already finished: %w", errdefs.ErrNotFound))
 	case state == task.Status_UNKNOWN:
 		return nil, errgrpc.ToGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))

@@ -60,7 +60,7 @@ func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) erro
 		return fmt.Errorf("size virtual machine of sandbox %s: %w", id, err)
 	}
 	sb, err := sandbox.New(sandbox.Config{
-		ID: id, Namespace: s.namespace, Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
+		ID: id, Namespace: s.namespace, Socket: ownSocket(), Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
 		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, SpareNICs: pod.spareNICs,
 	})
 	if err != nil {

@@ -45,7 +45,9 @@ type Sandbox struct {
 	Namespace string    `json:"namespace"` // containerd's
 	Created   time.Time `json:"created"`
 	Shim      Process   `json:"shim"`
-	VM        Process   `json:"vm"`
+	// Socket is the path of the shim's socket; empty: unknown.
+	Socket string  `json:"socket,omitempty"`
+	VM     Process `json:"vm"`
 	// Helpers are other processes of the sandbox: virtiofsd, anchors.
 	Helpers []Process `json:"helpers,omitempty"`
 	// Containers by id.

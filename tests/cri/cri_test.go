@@ -64,7 +64,10 @@ func runPod(t *testing.T, e *env.Env, name string, config env.Object) *pod {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := p.Remove(p.ctx); err != nil {
+		// The test's own context has ended by now.
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := p.Remove(ctx); err != nil {
 			t.Error(err)
 		}
 	})

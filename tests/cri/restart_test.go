@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
@@ -19,8 +20,14 @@ func TestContainerdRestarts(t *testing.T) {
 		ctx := env.Context(t)
 		p := runPod(t, e, "pod", nil)
 		stays := p.run("stays", "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.2; done")
-		ends := p.run("ends", "trap 'exit 5' TERM; touch /ready; while :; do sleep 0.1; done")
-		p.sh(ends, "while [ ! -e /ready ]; do sleep 0.1; done; (sleep 3; kill 1) >/dev/null 2>&1 &")
+		host := t.TempDir()
+		ends, err := p.Run(ctx, "ends", image.BusyboxName, env.Object{
+			"command": []string{"sh", "-c", "while [ ! -e /host/go ]; do sleep 0.1; done; exit 5"},
+			"mounts":  []env.Object{{"container_path": "/host", "host_path": host}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 
 		// An exec is under way, and the end of a container comes while nobody
 		// looks.
@@ -28,9 +35,10 @@ func TestContainerdRestarts(t *testing.T) {
 		if err := exec.Start(); err != nil {
 			t.Fatal(err)
 		}
-		if err := e.RestartContainerd(ctx); err != nil {
+		if err := os.WriteFile(filepath.Join(host, "go"), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
+		restart(t, e)
 		if err := exec.Wait(); err == nil {
 			t.Error("crictl exec lives through the end of its server")
 		}
@@ -51,6 +59,24 @@ func TestContainerdRestarts(t *testing.T) {
 		}
 		checkLines(t, filepath.Join(p.LogDir, "stays.log"))
 	})
+}
+
+// restart restarts containerd and returns once its CRI plugin answers.
+func restart(t *testing.T, e *env.Env) {
+	t.Helper()
+	ctx := env.Context(t)
+	if err := e.RestartContainerd(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		_, err := e.Crictl(ctx, "pods").Run()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // checkLines wants the lines of a counting container's log without a gap.
@@ -84,9 +110,7 @@ func TestRestartDuringCreate(t *testing.T) {
 			done <- err
 		}()
 		awaitShim(t, e)
-		if err := e.RestartContainerd(ctx); err != nil {
-			t.Fatal(err)
-		}
+		restart(t, e)
 		t.Logf("interrupted RunPodSandbox: %v", <-done)
 
 		p := runPod(t, e, "pod", nil)
@@ -94,9 +118,7 @@ func TestRestartDuringCreate(t *testing.T) {
 			_, err := p.Pod.Run(ctx, "interrupted", image.BusyboxName, nil)
 			done <- err
 		}()
-		if err := e.RestartContainerd(ctx); err != nil {
-			t.Fatal(err)
-		}
+		restart(t, e)
 		t.Logf("interrupted container: %v", <-done)
 		if got := p.sh(p.run("after", "sleep 1000"), "echo alive"); got != "alive" {
 			t.Errorf("container created after the restart = %q; want alive", got)
