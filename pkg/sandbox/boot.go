@@ -46,17 +46,7 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 		}
 	}()
 	if err := s.bootSteps(ctx); err != nil {
-		// The end of the VM explains more than the read that it broke.
-		select {
-		case <-s.dead:
-			if cause := s.Err(); cause != nil {
-				err = cause
-			}
-		default:
-			if ctx.Err() != nil {
-				err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
-			}
-		}
+		err = s.explain(ctx, err)
 		return fmt.Errorf("boot virtual machine of sandbox %s: %w", s.cfg.ID, err)
 	}
 	log.G(ctx).WithFields(log.Fields{
@@ -66,6 +56,29 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 		"prepared": s.boot.Prepared, "booted": s.boot.Booted, "connected": s.boot.Connected,
 	}).Info("virtual machine is ready")
 	return nil
+}
+
+// explain returns why the boot has failed: the end of the VM says more than the
+// read that it broke, and comes just after it.
+func (s *Sandbox) explain(ctx context.Context, err error) error {
+	if s.vm != nil && ctx.Err() == nil {
+		select {
+		case <-s.dead:
+		case <-ctx.Done():
+		case <-time.After(vmEndGrace):
+		}
+	}
+	select {
+	case <-s.dead:
+		if cause := s.Err(); cause != nil {
+			return fmt.Errorf("%w (%w)", cause, err)
+		}
+	default:
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+	return err
 }
 
 func (s *Sandbox) bootSteps(ctx context.Context) error {

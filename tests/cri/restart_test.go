@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -112,8 +113,13 @@ func TestRestartDuringCreate(t *testing.T) {
 		awaitShim(t, e)
 		restart(t, e)
 		t.Logf("interrupted RunPodSandbox: %v", <-done)
+		defer removeAll(t, e)
 
-		p := runPod(t, e, "pod", nil)
+		p := &pod{t: t, e: e, ctx: ctx}
+		var err error
+		if p.Pod, err = e.RunPod(ctx, "pod", nil); err != nil {
+			t.Fatal(err)
+		}
 		go func() {
 			_, err := p.Pod.Run(ctx, "interrupted", image.BusyboxName, nil)
 			done <- err
@@ -123,8 +129,23 @@ func TestRestartDuringCreate(t *testing.T) {
 		if got := p.sh(p.run("after", "sleep 1000"), "echo alive"); got != "alive" {
 			t.Errorf("container created after the restart = %q; want alive", got)
 		}
-		p.crictl("rmp", "--force", "--all")
 	})
+}
+
+// removeAll removes every pod that a test has left, known to it or not.
+func removeAll(t *testing.T, e *env.Env) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	out, err := e.Crictl(ctx, "pods", "-q").Run()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, id := range strings.Fields(out) {
+		if _, err := e.Crictl(ctx, "rmp", "--force", id).Run(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // awaitShim returns once a shim of this project runs in the environment.
