@@ -31,6 +31,9 @@ type container struct {
 	isPod bool
 	// rootfs is the root file system's path in the share; set by Create.
 	rootfs string
+	// removeFiles removes what the container has in the shared folder; set by
+	// Create. Idempotent.
+	removeFiles func() error
 	// volumes are the container's bind mounts on the host; set by Create.
 	volumes []anchor.Bind
 

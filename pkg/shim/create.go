@@ -124,8 +124,9 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 			}
 		})
 	}
+	c.removeFiles = func() error { return sb.Share().RemoveContainer(c.id) }
 	undo.add(func(ctx context.Context) {
-		if err := sb.Share().RemoveContainer(c.id); err != nil {
+		if err := c.removeFiles(); err != nil {
 			log.G(ctx).WithError(err).Warn("remove container's folders")
 		}
 	})

@@ -111,7 +111,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 		return err
 	})
 	c.releasePid()
-	if err := s.sandbox.Share().RemoveContainer(c.id); err != nil {
+	if err := c.removeFiles(); err != nil {
 		return fmt.Errorf("delete container %s: %w", c.id, err)
 	}
 	s.runPoststop(ctx, c)

@@ -122,9 +122,14 @@ func (s *service) lookup(id string) *container {
 	return s.containers[id]
 }
 
+// container returns a container that was created. One that is still being
+// created is not there for clients, as with runc: a containerd that has just
+// started would else delete it meanwhile.
 func (s *service) container(id string) (*container, error) {
 	if c := s.lookup(id); c != nil {
-		return c, nil
+		if state, _, _ := c.init.snapshot(); state != task.Status_UNKNOWN {
+			return c, nil
+		}
 	}
 	return nil, fmt.Errorf("container not created: %w", errdefs.ErrNotFound)
 }
