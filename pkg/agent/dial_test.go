@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -20,10 +21,11 @@ import (
 
 // Ports of the guest's loopback in these tests.
 const (
-	port4     = 8004 // 127.0.0.1
-	port6     = 8006 // ::1
-	portReset = 8009 // 127.0.0.1, resets
-	portNone  = 8010
+	port4      = 8004 // 127.0.0.1
+	port6      = 8006 // ::1
+	portReset  = 8009 // 127.0.0.1, resets
+	portReport = 8010 // 127.0.0.1, reports
+	portNone   = 8011
 )
 
 // loopbackPrograms are what dials and its benchmark run in containers.
@@ -36,22 +38,26 @@ func loopbackPrograms(t testing.TB) map[string]string {
 	return map[string]string{"loopback": program}
 }
 
-// serveLoopback starts servers in a container that has the guest's network.
-func serveLoopback(t testing.TB, v *virtual) {
+// serveLoopback starts servers in containers that have the guest's network, and
+// returns the lines of the one that reports.
+func serveLoopback(t testing.TB, v *virtual) (reports *bufio.Reader) {
 	t.Helper()
 	c := connect(t, v)
 	for _, args := range [][]string{
 		{"loopback", "echo", fmt.Sprintf("127.0.0.1:%d", port4), fmt.Sprintf("[::1]:%d", port6)},
 		{"loopback", "reset", fmt.Sprintf("127.0.0.1:%d", portReset)},
+		{"loopback", "report", fmt.Sprintf("127.0.0.1:%d", portReport)},
 	} {
 		url, out := c.stream(t)
 		ctr := c.prepare(t, args)
 		ctr.mustCreate(stdio{out: url})
 		ctr.start("")
-		if _, err := io.ReadFull(out, make([]byte, len("ready\n"))); err != nil {
-			t.Fatalf("%v: %v", args, err)
+		reports = bufio.NewReader(out)
+		if s, err := reports.ReadString('\n'); s != "ready\n" {
+			t.Fatalf("%v says %q, %v; want ready", args, s, err)
 		}
 	}
+	return reports
 }
 
 // forwarded makes a pod's network namespace whose loopback leads to the guest.
@@ -109,9 +115,11 @@ func echoes(c halfCloser, data []byte) error {
 // dials is what a host must reach on the guest's loopback.
 func dials(t *testing.T, v *virtual) {
 	t.Run("Dial", func(t *testing.T) {
-		serveLoopback(t, v)
+		reports := serveLoopback(t, v)
+		pod := forwarded(t, v)
 		t.Run("Direct", func(t *testing.T) { dialDirect(t, v) })
-		t.Run("PortForward", func(t *testing.T) { dialForwarded(t, v) })
+		t.Run("PortForward", func(t *testing.T) { dialForwarded(t, pod) })
+		t.Run("Ends", func(t *testing.T) { dialEnds(t, pod, reports) })
 	})
 }
 
@@ -146,8 +154,25 @@ func dialDirect(t *testing.T, v *virtual) {
 	}
 }
 
-func dialForwarded(t *testing.T, v *virtual) {
-	pod := forwarded(t, v)
+// dialEnds has clients end in both ways, which the server tells apart.
+func dialEnds(t *testing.T, pod *podns.Namespaces, reports *bufio.Reader) {
+	for _, want := range []string{"end", "reset", "end"} {
+		c, err := dialFrom(pod, "tcp4", fmt.Sprintf("127.0.0.1:%d", portReport))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write(noise(100 << 10))
+		if want == "reset" {
+			c.SetLinger(0)
+		}
+		c.Close()
+		if got, err := reports.ReadString('\n'); got != want+"\n" {
+			t.Errorf("the server says %q, %v of a client's %s; want %q", got, err, want, want)
+		}
+	}
+}
+
+func dialForwarded(t *testing.T, pod *podns.Namespaces) {
 	for _, tc := range []struct {
 		network, host string
 		port, size    int

@@ -30,6 +30,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -85,9 +86,7 @@ type join struct {
 type direction struct {
 	src, dst Conn
 	back     *direction
-
-	mu    sync.Mutex
-	ended bool // dst was told, or is about to be
+	ended    atomic.Bool // dst was told, or is about to be
 }
 
 // run ends with the direction. The first failure ends the other one too.
@@ -113,19 +112,11 @@ func (d *direction) move() error {
 		return err
 	}
 	// It is ended before the peer can answer to that.
-	d.mu.Lock()
-	d.ended = true
-	d.mu.Unlock()
-	if !d.back.hasEnded() && peerClosed(d.src) {
+	d.ended.Store(true)
+	if !d.back.ended.Load() && peerClosed(d.src) {
 		return fmt.Errorf("read %s: %w", d.src.RemoteAddr(), ErrReset)
 	}
 	return d.dst.CloseWrite()
-}
-
-func (d *direction) hasEnded() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.ended
 }
 
 // Abort closes c so that the peer takes it for broken, where its protocol can

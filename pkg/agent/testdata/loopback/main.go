@@ -1,14 +1,17 @@
 // Command loopback serves TCP addresses for tests: each echoes, or resets its
-// connections after the first byte. It says "ready" once all of them listen.
+// connections after the first byte, or reports how they end, a line for each:
+// "end" or "reset". It says "ready" once all of them listen.
 //
-//	loopback echo|reset ADDRESS...
+//	loopback echo|reset|report ADDRESS...
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"syscall"
 )
 
 func main() {
@@ -19,10 +22,7 @@ func main() {
 }
 
 func run(mode string, addresses []string) error {
-	serve := echo
-	if mode == "reset" {
-		serve = reset
-	}
+	serve := map[string]func(*net.TCPConn){"echo": echo, "reset": reset, "report": report}[mode]
 	failed := make(chan error)
 	for _, a := range addresses {
 		l, err := net.Listen("tcp", a)
@@ -46,6 +46,19 @@ func run(mode string, addresses []string) error {
 
 func echo(c *net.TCPConn) {
 	io.Copy(c, c)
+	c.Close()
+}
+
+func report(c *net.TCPConn) {
+	_, err := io.Copy(io.Discard, c)
+	switch {
+	case err == nil:
+		fmt.Println("end")
+	case errors.Is(err, syscall.ECONNRESET):
+		fmt.Println("reset")
+	default:
+		fmt.Println(err)
+	}
 	c.Close()
 }
 
