@@ -103,7 +103,8 @@ func boot(t testing.TB, pod netns, s machineSpec) *machine {
 	}, hypervisor.Spec{
 		Name: "network-test", Accelerator: verdict.Accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
 		Kernel: filepath.Join(files, guest.KernelFile), Initrd: initrd,
-		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, transport.HostPort())}, s.cmdline...),
+		// The kernel's dummy driver makes one of its own.
+		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, transport.HostPort()), "dummy.numdummies=0"}, s.cmdline...),
 		Vsock:   transport.Device(),
 		NICs:    m.net.NICs(),
 	})

@@ -51,33 +51,21 @@ func identity(l netlink.Link) string {
 	return a.HardwareAddr.String()
 }
 
-// find returns the device of each interface, out of the parking if need be.
-// Network.mu is held.
-func (n *Network) find(h *netlink.Handle, want []iface) ([]netlink.Link, error) {
-	links, err := list(h)
-	if err != nil {
-		return nil, err
-	}
-	found := make([]netlink.Link, len(want))
+// claim finds the device of each interface. Network.mu is held.
+func (n *Network) claim(want []iface, links []netlink.Link) ([]netlink.Link, error) {
+	devices := make([]netlink.Link, len(want))
 	for i, w := range want {
-		l := n.lookUp(links, w.device)
-		if l == nil {
-			if l, err = n.unpark(h, w.device); err != nil {
-				return nil, fmt.Errorf("interface %s: %w", w.name, err)
-			}
-		}
-		if l == nil {
+		if devices[i] = n.lookUp(links, w.device); devices[i] == nil {
 			return nil, fmt.Errorf("interface %s: device %s: %w", w.name, w.device, errdefs.ErrNotFound)
 		}
-		found[i] = l
 	}
 	if n.claimed == nil {
 		n.claimed = make(map[string]int)
 	}
 	for i, w := range want {
-		n.claimed[w.device] = found[i].Attrs().Index
+		n.claimed[w.device] = devices[i].Attrs().Index
 	}
-	return found, nil
+	return devices, nil
 }
 
 // lookUp finds a device that an earlier call has named by its number, since
@@ -101,39 +89,24 @@ func (n *Network) isClaimed(l netlink.Link) bool {
 	return false
 }
 
-// rename gives each device the name of its interface. Names are swapped by way
-// of others. found is kept up to date.
-func rename(h *netlink.Handle, want []iface, found []netlink.Link) error {
-	links, err := list(h)
-	if err != nil {
-		return err
-	}
+// rename gives each device the name of its interface. Who has that name gets
+// another one. devices are some of links, whose names are kept up to date.
+func rename(h *netlink.Handle, want []iface, devices, links []netlink.Link) error {
 	for i, w := range want {
-		if found[i].Attrs().Name == w.name {
+		if devices[i].Attrs().Name == w.name {
 			continue
 		}
 		for _, l := range links {
-			a := l.Attrs()
-			if a.Name != w.name || a.Index == found[i].Attrs().Index {
+			if l.Attrs().Name != w.name {
 				continue
 			}
-			// An index is nobody else's, so this name is free.
-			if err := setName(h, l, fmt.Sprintf("vmrt%d", a.Index)); err != nil {
+			// A number is nobody else's, so this name is free.
+			if err := setName(h, l, fmt.Sprintf("vmrt%d", l.Attrs().Index)); err != nil {
 				return err
 			}
-			for _, f := range found {
-				if f.Attrs().Index == a.Index {
-					f.Attrs().Name = a.Name
-				}
-			}
 		}
-		if err := setName(h, found[i], w.name); err != nil {
+		if err := setName(h, devices[i], w.name); err != nil {
 			return err
-		}
-		for _, l := range links {
-			if l.Attrs().Index == found[i].Attrs().Index {
-				l.Attrs().Name = w.name
-			}
 		}
 	}
 	return nil

@@ -60,27 +60,34 @@ func (n *Network) Configure(cfg *api.NetworkConfig) error {
 }
 
 func (n *Network) apply(h *netlink.Handle, c *config) error {
-	links, err := n.find(h, c.interfaces)
+	links, err := list(h)
 	if err != nil {
 		return err
 	}
-	if err := n.park(h); err != nil {
+	if links, err = n.bringBack(h, c.interfaces, links); err != nil {
 		return err
 	}
-	if err := rename(h, c.interfaces, links); err != nil {
+	devices, err := n.claim(c.interfaces, links)
+	if err != nil {
+		return err
+	}
+	if links, err = n.park(h, links); err != nil {
+		return err
+	}
+	if err := rename(h, c.interfaces, devices, links); err != nil {
 		return err
 	}
 	for i, want := range c.interfaces {
-		if err := want.configure(h, links[i]); err != nil {
+		if err := want.configure(h, devices[i]); err != nil {
 			return fmt.Errorf("interface %s: %w", want.name, err)
 		}
 	}
 	if err := bringUpLoopback(h); err != nil {
 		return err
 	}
-	index, err := indices(h)
-	if err != nil {
-		return err
+	index := make(map[string]int, len(links))
+	for _, l := range links {
+		index[l.Attrs().Name] = l.Attrs().Index
 	}
 	for _, r := range c.routes {
 		if err := r.add(h, index); err != nil {
@@ -109,17 +116,4 @@ func bringUpLoopback(h *netlink.Handle) error {
 		return fmt.Errorf("bring up loopback: %w", err)
 	}
 	return nil
-}
-
-// indices returns the numbers of the interfaces by their names.
-func indices(h *netlink.Handle) (map[string]int, error) {
-	links, err := list(h)
-	if err != nil {
-		return nil, err
-	}
-	index := make(map[string]int, len(links))
-	for _, l := range links {
-		index[l.Attrs().Name] = l.Attrs().Index
-	}
-	return index, nil
 }

@@ -51,54 +51,64 @@ func openParking() (*parking, error) {
 	return r.p, nil
 }
 
-// park hides the hardware that no call has named. Network.mu is held.
-func (n *Network) park(h *netlink.Handle) error {
-	links, err := list(h)
-	if err != nil {
-		return err
-	}
+// park hides the hardware that no call has named, and returns the links that
+// are left. Network.mu is held.
+func (n *Network) park(h *netlink.Handle, links []netlink.Link) ([]netlink.Link, error) {
+	var left []netlink.Link
 	for _, l := range links {
 		a := l.Attrs()
 		// netlink's name for hardware is "device". Whatever a container may
 		// have made is of another type.
 		if l.Type() != "device" || a.EncapType != "ether" || a.Flags&net.FlagLoopback != 0 || n.isClaimed(l) {
+			left = append(left, l)
 			continue
 		}
 		if n.parking == nil {
+			var err error
 			if n.parking, err = openParking(); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		if err := h.LinkSetNsFd(l, int(n.parking.file.Fd())); err != nil {
-			return fmt.Errorf("hide interface %s: %w", a.Name, err)
+			return nil, fmt.Errorf("hide interface %s: %w", a.Name, err)
 		}
 	}
-	return nil
+	return left, nil
 }
 
-// unpark brings a device back, nil if it is not there. Network.mu is held.
-func (n *Network) unpark(h *netlink.Handle, device string) (netlink.Link, error) {
-	if n.parking == nil {
-		return nil, nil
+// bringBack gets the devices that are missing from links out of the parking,
+// and returns the links that there are then. Network.mu is held.
+func (n *Network) bringBack(h *netlink.Handle, want []iface, links []netlink.Link) ([]netlink.Link, error) {
+	moved := false
+	for _, w := range want {
+		if n.parking == nil || n.lookUp(links, w.device) != nil {
+			continue
+		}
+		if err := n.unpark(w.device); err != nil {
+			return nil, fmt.Errorf("interface %s: bring back device %s: %w", w.name, w.device, err)
+		}
+		moved = true
 	}
-	links, err := list(n.parking.handle)
+	if !moved {
+		return links, nil
+	}
+	return list(h)
+}
+
+// unpark brings a device back, if it is there.
+func (n *Network) unpark(device string) error {
+	parked, err := list(n.parking.handle)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	i := slices.IndexFunc(links, func(l netlink.Link) bool { return identity(l) == device })
+	i := slices.IndexFunc(parked, func(l netlink.Link) bool { return identity(l) == device })
 	if i < 0 {
-		return nil, nil
+		return nil
 	}
 	here, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer here.Close()
-	if err := n.parking.handle.LinkSetNsFd(links[i], int(here.Fd())); err != nil {
-		return nil, fmt.Errorf("bring back device %s: %w", device, err)
-	}
-	if links, err = list(h); err != nil {
-		return nil, err
-	}
-	return n.lookUp(links, device), nil
+	return n.parking.handle.LinkSetNsFd(parked[i], int(here.Fd()))
 }

@@ -54,11 +54,14 @@ func useQueues(name string) error {
 		}
 		return fmt.Errorf("interface %s: read queues: %w", name, err)
 	}
+	if c.maxCombined <= 1 {
+		return nil
+	}
 	online, err := cpu.Online(cpu.Root)
 	if err != nil {
 		return err
 	}
-	if want := min(uint32(online), c.maxCombined); want != 0 && want != c.combinedUsed {
+	if want := min(uint32(online), c.maxCombined); want != c.combinedUsed {
 		c.cmd, c.combinedUsed = unix.ETHTOOL_SCHANNELS, want
 		if err := ethtool(name, &c); err != nil {
 			return fmt.Errorf("interface %s: use %d queues: %w", name, want, err)

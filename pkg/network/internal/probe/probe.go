@@ -9,6 +9,7 @@ package probe
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +34,7 @@ const patience = 60 * time.Second
 const (
 	echo   = 'e' // send back what comes
 	digest = 'd' // take all, then answer with its SHA-256
+	count  = 'c' // take all, then answer with its length
 )
 
 // Probe is one end. Its methods have the form that net/rpc wants.
@@ -91,6 +93,9 @@ func serveTCP(l net.Listener) {
 			switch verb[0] {
 			case echo:
 				_, _ = io.Copy(onlyWriter{c}, c) // the client notices
+			case count:
+				n, _ := io.CopyBuffer(onlyWriter{io.Discard}, c, make([]byte, 256<<10))
+				_, _ = c.Write(binary.BigEndian.AppendUint64(nil, uint64(n)))
 			case digest:
 				h := sha256.New()
 				if _, err := io.CopyBuffer(onlyWriter{h}, c, make([]byte, 256<<10)); err == nil {
@@ -169,6 +174,36 @@ func (p *Probe) Send(t Transfer, took *time.Duration) error {
 	*took = time.Since(begin)
 	if !bytes.Equal(got, h.Sum(nil)) {
 		return fmt.Errorf("%d bytes to %s: digest %x; want %x", t.Bytes, t.Addr, got, h.Sum(nil))
+	}
+	return nil
+}
+
+// Fill sends zeros by TCP and checks that as many have arrived. It is for
+// measuring: a digest would take longer than the way.
+func (p *Probe) Fill(t Transfer, _ *struct{}) error {
+	c, err := p.dial("tcp", t.Addr)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte{count}); err != nil {
+		return err
+	}
+	block := make([]byte, 256<<10)
+	for left := t.Bytes; left > 0; left -= int64(len(block)) {
+		if _, err := c.Write(block[:min(left, int64(len(block)))]); err != nil {
+			return err
+		}
+	}
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		return err
+	}
+	var got [8]byte
+	if _, err := io.ReadFull(c, got[:]); err != nil {
+		return err
+	}
+	if n := binary.BigEndian.Uint64(got[:]); n != uint64(t.Bytes) {
+		return fmt.Errorf("%d bytes have arrived of %d", n, t.Bytes)
 	}
 	return nil
 }
