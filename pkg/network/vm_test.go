@@ -54,7 +54,9 @@ func (m *machine) RoundTrips(x probe.Exchange) (median time.Duration, err error)
 type host struct{ p probe.Probe }
 
 func hostEnd(n netns) *host {
-	return &host{probe.Probe{Inside: func(f func() error) error { return n.Do(context.Background(), f) }}}
+	h := &host{probe.Probe{Inside: func(f func() error) error { return n.Do(context.Background(), f) }}}
+	n.t.Cleanup(h.p.Close)
+	return h
 }
 
 func (h *host) Serve() error { return h.p.Serve(fmt.Sprintf(":%d", port), nil) }

@@ -96,6 +96,18 @@ func TestLoadModuleErrors(t *testing.T) {
 	}
 }
 
+func TestParameters(t *testing.T) {
+	for path, want := range map[string]string{
+		"/lib/modules/6.1.0/kernel/drivers/net/dummy.ko":     "numdummies=0",
+		"/lib/modules/6.12.0/kernel/drivers/net/dummy.ko.xz": "numdummies=0",
+		"/lib/modules/6.1.0/kernel/drivers/net/tun.ko":       "",
+	} {
+		if got := parameters(path); got != want {
+			t.Errorf("parameters(%s) = %q; want %q", path, got, want)
+		}
+	}
+}
+
 func TestPhases(t *testing.T) {
 	var p Phases
 	p.Mark("first")

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/log"
@@ -65,9 +66,19 @@ func loadModule(path string) error {
 	if !strings.HasSuffix(path, ".ko") {
 		flags = moduleCompressed
 	}
-	err = unix.FinitModule(int(f.Fd()), "", flags)
+	err = unix.FinitModule(int(f.Fd()), parameters(path), flags)
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("load module %s: %w", path, err)
 	}
 	return nil
+}
+
+// parameters returns those of the module at a path. A kernel that has the
+// module built in takes them from its command line, as "dummy.numdummies=0".
+func parameters(path string) string {
+	name, _, _ := strings.Cut(filepath.Base(path), ".")
+	if name == "dummy" {
+		return "numdummies=0" // the pod's interfaces are all that there are
+	}
+	return ""
 }

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -41,6 +42,19 @@ const (
 type Probe struct {
 	// Inside runs f where sockets are to be made. Nil: right here.
 	Inside func(f func() error) error
+
+	mu      sync.Mutex
+	servers []io.Closer // guarded by mu
+}
+
+// Close ends the servers.
+func (p *Probe) Close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.servers {
+		s.Close()
+	}
+	p.servers = nil
 }
 
 func (p *Probe) inside(f func() error) error {
@@ -60,7 +74,7 @@ func (p *Probe) Run(args []string, out *string) error {
 	return nil
 }
 
-// Serve serves TCP and UDP on an address until the process ends.
+// Serve serves TCP and UDP on an address until Close.
 func (p *Probe) Serve(addr string, _ *struct{}) error {
 	return p.inside(func() error {
 		l, err := net.Listen("tcp", addr)
@@ -72,6 +86,9 @@ func (p *Probe) Serve(addr string, _ *struct{}) error {
 			l.Close()
 			return err
 		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.servers = append(p.servers, l, u)
 		go serveTCP(l)
 		go serveUDP(u)
 		return nil
