@@ -169,7 +169,7 @@ func testView(t *testing.T, m *machine) {
 		}
 	}
 	addresses := m.run("ip address")
-	if strings.Contains(addresses, "tentative") || strings.Contains(addresses, "vmrt") {
+	if strings.Contains(m.run("ip -6 address show scope global"), "tentative") || strings.Contains(addresses, "vmrt") {
 		t.Errorf("ip address:\n%s", addresses)
 	}
 	for _, want := range []string{
