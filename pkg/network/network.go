@@ -167,6 +167,29 @@ func (d *device) connect(h *netlink.Handle, iface Interface) error {
 	return nil
 }
 
+// follow brings the device up to date with its interface: another MTU, or
+// another interface that has got the same number.
+func (d *device) follow(h *netlink.Handle, iface Interface) error {
+	found, err := findFilters(h, iface.Index)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", iface.Name, err)
+	}
+	if !found.ours {
+		if err := d.part(h); err != nil {
+			return err
+		}
+		return d.join(h, iface)
+	}
+	if d.joined.MTU == iface.MTU {
+		return nil
+	}
+	if err := d.tap.setMTU(h, iface.MTU); err != nil {
+		return fmt.Errorf("interface %s: %w", iface.Name, err)
+	}
+	d.joined.MTU = iface.MTU
+	return nil
+}
+
 // part undoes join. What the CNI has deleted meanwhile is no error.
 func (d *device) part(h *netlink.Handle) error {
 	if d.joined.Index == 0 {
@@ -260,7 +283,7 @@ func (n *Network) Update(ctx context.Context) error {
 var errClosed = errors.New("the pod's network is closed")
 
 // admit joins the interfaces of cfg that are new, or none of them, and follows
-// changes of MTU.
+// changes of those that are not.
 func (n *Network) admit(h *netlink.Handle, cfg *Config) error {
 	var free []*device
 	known := make(map[int]*device)
@@ -275,11 +298,8 @@ func (n *Network) admit(h *netlink.Handle, cfg *Config) error {
 	for _, iface := range cfg.Interfaces {
 		var err error
 		switch d := known[iface.Index]; {
-		case d != nil && d.joined.MTU != iface.MTU:
-			if err = d.tap.setMTU(h, iface.MTU); err == nil {
-				d.joined.MTU = iface.MTU
-			}
 		case d != nil:
+			err = d.follow(h, iface)
 		case len(joined) == len(free):
 			err = &LateInterfaceError{Interface: iface.Name, Spares: n.spares}
 		default:

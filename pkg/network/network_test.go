@@ -282,6 +282,28 @@ func TestInterfaceDeleted(t *testing.T) {
 	}
 }
 
+// TestInterfaceReplaced: the number of an interface that was deleted may be the
+// next one's.
+func TestInterfaceReplaced(t *testing.T) {
+	pod, out := peered(t)
+	plugIn := func(options string) {
+		pod.run("ip link add name eth0 index 77 " + options + " type veth peer name far\nip link set far netns " + out.NetPath())
+		out.up("far")
+		pod.up("eth0")
+	}
+	plugIn("")
+	n := open(t, pod, network.Options{})
+	pod.run("ip link del eth0")
+	plugIn("address 02:00:00:00:00:33 mtu 65535")
+	if err := n.Update(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if r := n.Request(); len(r.Interfaces) != 1 || r.Interfaces[0].Mac != "02:00:00:00:00:33" || r.Interfaces[0].Device != n.NICs()[0].MAC {
+		t.Errorf("Request() = %v; want the new eth0 on the old device", r)
+	}
+	exchange(t, int(n.NICs()[0].Tap[0].Fd()), out.packetSocket("far"))
+}
+
 // TestSameAddress: interfaces of different networks may share a hardware
 // address; their devices do not.
 func TestSameAddress(t *testing.T) {

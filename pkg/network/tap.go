@@ -120,8 +120,13 @@ func (t *tap) closeFiles() {
 	t.queues, t.vhost = nil, nil
 }
 
+// maxTapMTU is what a tap takes (drivers/net/tun.c, MAX_MTU). Redirected
+// frames may be larger.
+const maxTapMTU = 65535 - 14
+
 // setMTU gives the tap the size of the interface's frames.
 func (t *tap) setMTU(h *netlink.Handle, mtu int) error {
+	mtu = min(mtu, maxTapMTU)
 	if err := h.LinkSetMTU(t.link(), mtu); err != nil {
 		return fmt.Errorf("set MTU of tap %s to %d: %w", t.name, mtu, err)
 	}
