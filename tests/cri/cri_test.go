@@ -28,6 +28,12 @@ func inModes(t *testing.T, f func(t *testing.T, e *env.Env)) {
 
 func start(t *testing.T, mode string) *env.Env {
 	t.Helper()
+	return startCRI(t, env.CRI{Sandboxer: mode})
+}
+
+// startCRI starts an environment with vmrt as the runtime of all pods.
+func startCRI(t *testing.T, cri env.CRI) *env.Env {
+	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
 	root, err := tools.Root()
@@ -42,10 +48,8 @@ func start(t *testing.T, mode string) *env.Env {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return env.ForTest(t, env.Config{
-		BinDirs: []string{bin},
-		CRI:     &env.CRI{Runtime: "vmrt", Sandboxer: mode, Images: []image.Image{busybox}},
-	})
+	cri.Runtime, cri.Images = "vmrt", []image.Image{busybox}
+	return env.ForTest(t, env.Config{BinDirs: []string{bin}, CRI: &cri})
 }
 
 // pod is a pod of a test, removed at its end.

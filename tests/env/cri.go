@@ -28,6 +28,9 @@ type CRI struct {
 	// Sandboxer says how vmrt's sandboxes are run: "podsandbox" (the default)
 	// or "shim". runc knows the first alone.
 	Sandboxer string
+	// Streaming makes containerd carry stdio of vmrt's containers over streams
+	// instead of FIFOs. It takes the sandboxer "shim".
+	Streaming bool
 	// Images are what can be pulled.
 	Images []image.Image
 }
@@ -52,6 +55,9 @@ func (cfg *Config) useCRI() error {
 	}
 	if c.Runtime == "runc" && c.Sandboxer == "shim" {
 		return errors.New("runc's shim makes no sandboxes: want the sandboxer podsandbox")
+	}
+	if c.Streaming && c.Sandboxer != "shim" {
+		return fmt.Errorf("no streams with the sandboxer %s: want shim", c.Sandboxer)
 	}
 	cfg.CRI = &c
 	cfg.Tools = slices.Clone(cfg.Tools)
@@ -113,11 +119,8 @@ func (e *Env) writeMirror(url string) error {
 	return os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(fmt.Sprintf(hosts, url)), 0o644)
 }
 
-// shimLine is the line of the drop-in file that a user uncomments.
-const shimLine = `sandboxer = "shim"`
-
 // dropIn returns a file that makes this project's runtime known to containerd:
-// a copy of the one that users install, changed for the sandboxer as it says.
+// a copy of the one that users install, with the lines that they uncomment.
 func (e *Env) dropIn() (string, error) {
 	root, err := tools.Root()
 	if err != nil {
@@ -127,12 +130,18 @@ func (e *Env) dropIn() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if e.cfg.CRI.Sandboxer == "shim" {
-		comment := []byte("#" + shimLine)
+	for _, l := range []struct {
+		wanted bool
+		line   string
+	}{{e.cfg.CRI.Sandboxer == "shim", `sandboxer = "shim"`}, {e.cfg.CRI.Streaming, `io_type = "streaming"`}} {
+		if !l.wanted {
+			continue
+		}
+		comment := []byte("#" + l.line)
 		if bytes.Count(b, comment) != 1 {
 			return "", fmt.Errorf("deploy/containerd/vmrt.toml has not one line %q", comment)
 		}
-		b = bytes.Replace(b, comment, []byte(shimLine), 1)
+		b = bytes.Replace(b, comment, []byte(l.line), 1)
 	}
 	file := filepath.Join(e.Dir, "conf.d", "vmrt.toml")
 	return file, errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, b, 0o644))

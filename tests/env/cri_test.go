@@ -39,7 +39,7 @@ func TestPod(t *testing.T) {
 
 func TestBadCRI(t *testing.T) {
 	env.NeedRoot(t)
-	for _, cri := range []env.CRI{{Runtime: "crun"}, {Sandboxer: "none"}, {Runtime: "runc", Sandboxer: "shim"}} {
+	for _, cri := range []env.CRI{{Runtime: "crun"}, {Sandboxer: "none"}, {Runtime: "runc", Sandboxer: "shim"}, {Streaming: true}} {
 		if e, err := env.Start(t.Context(), env.Config{CRI: &cri}); err == nil {
 			t.Errorf("Start(%+v) = nil error; want one", cri)
 			if err := e.Stop(); err != nil {
