@@ -20,14 +20,37 @@ func TestShimMemory(t *testing.T) {
 	for i := range 5 {
 		s.exec(fmt.Sprintf("e%d", i), "true")
 	}
+	s.checkMemory()
+}
+
+// The same with streams instead of FIFOs.
+func TestShimMemoryStreaming(t *testing.T) {
+	s := newShim(t, args("cat"))
+	st, in := s.newServedStreams(s.id, true, false)
+	s.mustCreate(st, false)
+	s.mustStart("")
+	for i := range 5 {
+		id := fmt.Sprintf("e%d", i)
+		st, _ := s.newServedStreams(id, false, false)
+		s.mustExec(id, st, false, "echo", "text")
+		s.wait(id)
+		s.delete(id)
+	}
+	fmt.Fprintln(in, "text")
+	st.out.waitFor(t, "text")
+	s.checkMemory()
+}
+
+func (s *shim) checkMemory() {
+	s.t.Helper()
 	c, err := s.task.Connect(s.call(), &taskapi.ConnectRequest{ID: s.id})
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	private := privateKiB(t, int(c.ShimPid))
-	t.Logf("shim: %d KiB private", private)
+	private := privateKiB(s.t, int(c.ShimPid))
+	s.t.Logf("shim: %d KiB private", private)
 	if private > shimMemoryLimit {
-		t.Errorf("shim has %d KiB of private memory; want at most %d", private, shimMemoryLimit)
+		s.t.Errorf("shim has %d KiB of private memory; want at most %d", private, shimMemoryLimit)
 	}
 }
 
