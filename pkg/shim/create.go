@@ -45,6 +45,7 @@ func (r rollback) run(ctx context.Context) {
 
 // Create makes a container, and with the first one the virtual machine.
 func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *taskapi.CreateTaskResponse, err error) {
+	defer s.memory.soon()
 	var undo rollback
 	defer func() {
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 
 // Delete removes an exec, or a container with all that belongs to it.
 func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
+	defer s.memory.soon()
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)

@@ -71,6 +71,7 @@ func (s *service) addExec(r *taskapi.ExecProcessRequest) error {
 
 // Start runs what Create or Exec made.
 func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
+	defer s.memory.soon()
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)

@@ -153,6 +153,7 @@ func (s *service) createSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 
 // StartSandbox returns once the virtual machine is ready.
 func (s *service) StartSandbox(ctx context.Context, r *sandboxapi.StartSandboxRequest) (*sandboxapi.StartSandboxResponse, error) {
+	defer s.memory.soon()
 	a, _, err := s.findSandbox(r.SandboxID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)

@@ -63,6 +63,7 @@ type service struct {
 	shutdown  shutdown.Service
 	// streaming has the streams that clients open on the shim's socket.
 	streaming *streaming.Service
+	memory    trimmer
 
 	mu         sync.Mutex
 	containers map[string]*container
