@@ -115,7 +115,11 @@ func shells(base *image.Layer) []image.Image {
 		"test-image-latest:latest", "test-image-tag:test", "test-image-tag:all",
 		"test-image-1:latest", "test-image-2:latest", "test-image-3:latest",
 	} {
-		images = append(images, shell(staging+name, "", map[string]string{"name": name}))
+		img := shell(staging+name, "", map[string]string{"name": name})
+		// critest runs some of them as they are, and removes the container at
+		// once. containerd refuses that if it ends by itself meanwhile.
+		img.Config.Cmd = []string{"sleep", "infinity"}
+		images = append(images, img)
 	}
 	for _, tag := range []string{"1", "2", "3"} {
 		images = append(images, shell(staging+"test-image-tags:"+tag, "", map[string]string{"name": "test-image-tags"}))
