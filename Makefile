@@ -43,7 +43,7 @@ $(PROGRAMS): bin/%:
 
 include guest.mk
 
-.PHONY: test test-unit test-vm test-kvm
+.PHONY: test test-unit test-vm test-qemu test-kvm
 test: ## all tests: unit, root, virtual machines (root)
 	$(root)
 	@hack/test.sh all
@@ -54,6 +54,10 @@ test-unit: ## tests that need neither root nor a virtual machine
 test-vm: ## tests that start virtual machines or a containerd (root)
 	$(root)
 	@hack/test.sh vm
+
+test-qemu: ## virtual machine tests with QEMU and virtiofsd of the other Debian release (root)
+	$(root)
+	@hack/test.sh qemu
 
 test-kvm: ## tests in a nested machine that has a real KVM and vhost-vsock (root)
 	$(root)

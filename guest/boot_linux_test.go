@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -25,6 +24,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 	"github.com/vmrt/vmrt/pkg/storage"
 	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // builtDir is where make puts the guest files; VMRT_TEST_GUEST names another
@@ -128,6 +128,7 @@ func skip(t testing.TB, format string, args ...any) {
 
 // machine is a virtual machine that is about to start.
 type machine struct {
+	binary    string // QEMU
 	dir       string // of guest files
 	folder    string // that the guest shares
 	spec      hypervisor.Spec
@@ -142,10 +143,10 @@ func newMachine(t testing.TB, kind string) *machine {
 	if _, err := os.Stat(filepath.Join(m.dir, guest.ManifestFile)); err != nil {
 		skip(t, "no %s guest files: %v; make kernel initramfs", kind, err)
 	}
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		skip(t, "no QEMU: %v", err)
-	}
 	var err error
+	if m.binary, err = platform.QEMU(); err != nil {
+		skip(t, "%v", err)
+	}
 	if m.transport, err = vsock.Open(vsock.Auto); err != nil {
 		t.Fatal(err)
 	}
@@ -199,18 +200,17 @@ var buildProbe = sync.OnceValues(func() ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", dir+"/probe", "./internal/probe")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build probe: %w\n%s", err, out)
+	program, err := platform.Build("guest/internal/probe", dir)
+	if err != nil {
+		return nil, err
 	}
-	return os.ReadFile(dir + "/probe")
+	return os.ReadFile(program)
 })
 
 // share gives the machine a virtio-fs device on a folder of the test's.
 func (m *machine) share(t *testing.T) {
 	t.Helper()
-	daemon, err := storage.FindDaemon()
+	daemon, err := platform.Virtiofsd(storage.FindDaemon)
 	if err != nil {
 		skip(t, "%v", err)
 	}
@@ -269,7 +269,7 @@ func (m *machine) report(t testing.TB) *report.Report {
 	defer runtime.UnlockOSThread()
 	m.started = time.Now()
 	vm, err := qemu.Launch(ctx, qemu.Config{
-		Binary: "qemu-system-x86_64", CacheDir: t.TempDir(), Console: m.console.line,
+		Binary: m.binary, CacheDir: t.TempDir(), Console: m.console.line,
 	}, m.spec)
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,8 @@ GUEST=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/vmrt
 # The release whose source packages are built, whatever the machine runs.
 SOURCE_SUITE=trixie
+# Where private_apt keeps its lists, one folder for each suite.
+APT_DIR=$CACHE/apt
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "${0##*/}: $*"; exit 1; }
@@ -69,7 +71,7 @@ machine_sources() {
 # packages of $SOURCE_SUITE. The mirror is the one that the machine uses for
 # Debian itself; nothing below /etc/apt or /var/lib/apt changes.
 private_apt() {
-	local dir=$CACHE/apt label uri codename suite
+	local dir=$APT_DIR label uri codename suite
 	need debian-archive-keyring
 	[[ $(machine_sources) ]] || apt-get update -q >&2
 	mkdir -p "$dir"/{sources,lists/partial,archives/partial}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs one set of tests: hack/test.sh all|unit|vm|kvm|critest|bench.
+# Runs one set of tests: hack/test.sh all|unit|vm|qemu|kvm|critest|bench.
 #
 # VMRT_REQUIRE_VM=1 turns the skip of a test that needs root or a virtual
 # machine into a failure. VMRT_TEST_EVENTS names a file to which the events of
@@ -15,10 +15,23 @@ VM=(./guest/... ./pkg/agent ./pkg/hypervisor/qemu/... ./pkg/network ./pkg/storag
 CRITEST=$MODULE/tests/critest
 # The tests among them that do so, by their names; test-unit is without.
 VM_TESTS='^(Test|Benchmark)(VM|KVM|Boot|Integration|Pause)'
-# The tests that also run in the nested machine, and which packages have them.
-KVM_PACKAGES=(./pkg/... ./tests/...)
-KVM_RUN=${KVM_RUN:-^TestKVM}
+# The tests that run in the nested machine, package by package: what differs
+# with KVM, the kernel's vsock device and vhost-net, and one of each kind of what
+# does not. There a container takes half a minute to start.
+KVM=(
+	'pkg/hypervisor/accel ^TestKVM$'
+	'pkg/hypervisor/qemu ^TestIntegration(Identify|BootAndKill|SMP|Unprivileged|BadKernel|Interfaces|Share)$/^tuned$'
+	'pkg/vsock ^TestKVM$'
+	'pkg/agent ^TestKVM'
+	'tests/conformance ^Test(Lifecycle|Exec|StdinRoundTrip|HostKill|Clock|VMKilled|ShimKilled)$'
+	'tests/lab/kvm ^TestKVM'
+)
+# What these tests would build.
+KVM_PROGRAMS=(pkg/hypervisor/qemu/testdata/init pkg/vsock/internal/vsockguest)
 KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
+# The tests for which the versions of QEMU and virtiofsd matter.
+VMM=(./guest ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/conformance)
+VMM_RUN='^Test(Boot|Integration|VM|Pause|Daemon|Lifecycle$|Exec$|BindMounts$|ShimKilled$)'
 
 # vm: the packages of VM without critest; others: the packages not of VM.
 vm() { go list "${VM[@]}" | grep -vxF "$CRITEST"; }
@@ -33,30 +46,38 @@ summary() { go run ./hack/testsum ${VMRT_TEST_EVENTS:+-o "$VMRT_TEST_EVENTS"}; }
 prepare() {
 	hack/deps.sh test
 	make --no-print-directory build
-	go run ./hack/buildtool "$@" >/dev/null
+	(($# == 0)) || go run ./hack/buildtool "$@" >/dev/null
 }
 
-# kvm runs test programs, compiled here, in the nested machine.
+# kvm runs test programs, compiled here, in one nested machine.
 kvm() {
-	local tmp pkg dir test code
+	local tmp entry dir run program code=0
 	tmp=$(mktemp -d)
 	trap 'rm -rf "$tmp"' EXIT
 	go build -o "$tmp/lab" ./tests/lab
-	for pkg in $(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' "${KVM_PACKAGES[@]}"); do
-		dir=${pkg#"$MODULE/"}
-		grep -qsE "^func ${KVM_RUN#^}" "$dir"/*_test.go || continue
-		test=$tmp/${dir//\//-}.test
-		go test -c -o "$test" "$pkg"
-		echo "running $dir in the nested machine"
-		{
-			code=0
-			(cd "$dir" && VMRT_REQUIRE_VM=1 "$tmp/lab" -timeout "$KVM_TIMEOUT" -- \
-				"$test" -test.v=test2json -test.run "$KVM_RUN" -test.timeout "$KVM_TIMEOUT") || code=$?
-			# From 124 on it is not the tests that failed.
-			((code < 124)) || printf '\n\x16=== RUN   Lab\nlab: exit code %d\n\x16--- FAIL: Lab (0.00s)\n\x16FAIL\n' $code
-		} | go tool test2json -t -p "$pkg"
+	go build -o "$tmp/test2json" cmd/test2json
+	for dir in "${KVM_PROGRAMS[@]}"; do
+		CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o "$tmp/programs/${dir//\//-}" "./$dir"
 	done
+	for entry in "${KVM[@]}"; do
+		read -r dir run <<<"$entry"
+		[[ $MODULE/$dir =~ ${KVM_ONLY:-} ]] || continue
+		program=$tmp/${dir//\//-}.test
+		go test -c -o "$program" "./$dir"
+		printf 'cd %q && %q -t -p %q %q -test.v=test2json -test.run %q -test.timeout %q\n' "$PWD/$dir" \
+			"$tmp/test2json" "$MODULE/$dir" "$program" "${KVM_RUN:-$run}" "$KVM_TIMEOUT"
+	done >"$tmp/script"
+	VMRT_REQUIRE_VM=1 VMRT_PROGRAMS=$tmp/programs "$tmp/lab" -timeout "$KVM_TIMEOUT" -- bash "$tmp/script" || code=$?
+	# From 124 on it is not the tests that failed.
+	((code < 124)) || printf 'lab: exit code %d\n{"Action":"fail","Package":"%s/tests/lab"}\n' "$code" "$MODULE"
 }
+
+# other_release: the Debian release whose QEMU and virtiofsd this machine does
+# not have.
+other_release() (
+	. /etc/os-release
+	[[ $VERSION_CODENAME == bookworm ]] && echo trixie || echo bookworm
+)
 
 case ${1:-} in
 all)
@@ -83,12 +104,17 @@ critest)
 	head -qn 1 bin/critest/*/summary.txt
 	exit $status
 	;;
+qemu)
+	prepare
+	export -f go_test
+	tests/vmm.sh "${RELEASE:-$(other_release)}" bash -c 'go_test -p 1 "$@"' go_test -run "$VMM_RUN" "${VMM[@]}" | summary
+	;;
 bench)
 	prepare containerd containerd-2.3 runc nerdctl cni critools
 	go test -p 1 -run '^$' -bench "${BENCH:-.}" -timeout 60m ${TEST_FLAGS:-} ./...
 	;;
 *)
-	echo "usage: hack/test.sh all|unit|vm|kvm|critest|bench" >&2
+	echo "usage: hack/test.sh all|unit|vm|qemu|kvm|critest|bench" >&2
 	exit 2
 	;;
 esac

@@ -24,6 +24,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // bootTimeout bounds a boot on a busy machine without hardware virtualisation.
@@ -94,13 +95,13 @@ type vmSpec struct {
 func bootVM(t testing.TB, s vmSpec) *virtual {
 	t.Helper()
 	dir := guestFiles(t, s.kind)
-	binary, err := exec.LookPath("qemu-system-x86_64")
+	binary, err := platform.QEMU()
 	if err != nil {
-		t.Skipf("needs QEMU: %v", err)
+		t.Skip(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
 	defer cancel()
-	verdict, err := accel.Choose(ctx, hypervisor.Auto, accel.Config{})
+	accelerator, err := platform.Accelerator(ctx, accel.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +111,7 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	}
 	t.Cleanup(func() { v.transport.Close() })
 	spec := hypervisor.Spec{
-		Name: "vmrt-agent-test", Accelerator: verdict.Accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
+		Name: "vmrt-agent-test", Accelerator: accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
 		Kernel:  filepath.Join(dir, guest.KernelFile),
 		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, v.transport.HostPort())}, s.cmdline...),
 		Vsock:   v.transport.Device(),

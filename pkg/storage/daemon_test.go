@@ -19,12 +19,16 @@ import (
 	"github.com/vmrt/vmrt/pkg/podns/podnstest"
 )
 
-// eachDaemon runs f with every virtiofsd of the machine, and with those that
-// $VMRT_TEST_VIRTIOFSD names, in every sandbox.
+// eachDaemon runs f with the virtiofsd that $VMRT_VIRTIOFSD names, or else with
+// every one of the machine, in every sandbox.
 func eachDaemon(t *testing.T, f func(t *testing.T, cfg DaemonConfig)) {
 	podnstest.Root(t)
 	seen := map[string]bool{}
-	for _, path := range append(filepath.SplitList(os.Getenv("VMRT_TEST_VIRTIOFSD")), daemonPaths...) {
+	paths := daemonPaths
+	if path := os.Getenv("VMRT_VIRTIOFSD"); path != "" {
+		paths = []string{path}
+	}
+	for _, path := range paths {
 		path, err := filepath.EvalSymlinks(path)
 		if err != nil || seen[path] {
 			continue

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -26,6 +25,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/podns/podnstest"
 	"github.com/vmrt/vmrt/pkg/storage"
 	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // Limits for a machine that is busy with other tests.
@@ -79,20 +79,17 @@ type answer struct {
 	Mode, Rdev uint64
 }
 
-// eachMachine runs f with a machine for each virtiofsd in the sandboxes.
+// eachMachine runs f with a machine for each of the sandboxes.
 func eachMachine(t *testing.T, sandboxes []storage.Sandbox, f func(t *testing.T, m *machine)) {
 	short(t)
-	binary, err := storage.FindDaemon()
+	binary, err := platform.Virtiofsd(storage.FindDaemon)
 	if err != nil {
 		missing(t, "%v", err)
 	}
-	binaries := append([]string{binary}, filepath.SplitList(os.Getenv("VMRT_TEST_VIRTIOFSD"))...)
-	for _, binary := range binaries {
-		for _, sandbox := range sandboxes {
-			t.Run(filepath.Base(binary)+" in "+string(sandbox), func(t *testing.T) {
-				f(t, boot(t, storage.DaemonConfig{Binary: binary, Sandbox: sandbox}))
-			})
-		}
+	for _, sandbox := range sandboxes {
+		t.Run(string(sandbox), func(t *testing.T) {
+			f(t, boot(t, storage.DaemonConfig{Binary: binary, Sandbox: sandbox}))
+		})
 	}
 }
 
@@ -105,13 +102,9 @@ func boot(tb testing.TB, cfg storage.DaemonConfig) *machine {
 	if _, err := os.Stat(kernel); err != nil {
 		missing(tb, "no guest kernel: %v; make kernel initramfs", err)
 	}
-	name := os.Getenv("VMRT_QEMU")
-	if name == "" {
-		name = "qemu-system-x86_64"
-	}
-	binary, err := exec.LookPath(name)
+	binary, err := platform.QEMU()
 	if err != nil {
-		missing(tb, "no QEMU: %v", err)
+		missing(tb, "%v", err)
 	}
 	initrd := testInitrd(tb)
 	m := &machine{tb: tb, ns: podnstest.Open(tb, podns.Config{})}
@@ -132,7 +125,7 @@ func boot(tb testing.TB, cfg storage.DaemonConfig) *machine {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { transport.Close() })
-	chosen, err := accel.Choose(ctx, hypervisor.Auto, accel.Config{})
+	accelerator, err := platform.Accelerator(ctx, accel.Config{})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -141,7 +134,7 @@ func boot(tb testing.TB, cfg storage.DaemonConfig) *machine {
 		Binary: binary, Start: m.ns.Start, CacheDir: tb.TempDir(),
 		Console: func(line string) { fmt.Fprintln(&console, line) },
 	}, hypervisor.Spec{
-		Name: "storage-test", Accelerator: chosen.Accelerator, CPUs: 1, MemoryMiB: 192,
+		Name: "storage-test", Accelerator: accelerator, CPUs: 1, MemoryMiB: 192,
 		Kernel: kernel, Initrd: initrd,
 		Vsock:   transport.Device(),
 		Shares:  []hypervisor.Share{{Tag: "vmrt", Socket: m.daemon.Socket()}},
@@ -275,10 +268,9 @@ var buildGuest = sync.OnceValues(func() ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", dir+"/guest", "./testdata/guest")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build testdata/guest: %w\n%s", err, out)
+	program, err := platform.Build("pkg/storage/testdata/guest", dir)
+	if err != nil {
+		return nil, err
 	}
-	return os.ReadFile(dir + "/guest")
+	return os.ReadFile(program)
 })

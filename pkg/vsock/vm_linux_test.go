@@ -26,6 +26,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 	"github.com/vmrt/vmrt/pkg/vsock"
 	"github.com/vmrt/vmrt/pkg/vsock/internal/exchange"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // bootTimeout bounds a boot on a busy machine without hardware virtualisation.
@@ -55,9 +56,9 @@ type machine struct {
 func boot(t testing.TB, kind, mode string, extra ...string) *machine {
 	t.Helper()
 	files := guestFiles(t, kind)
-	binary, err := exec.LookPath("qemu-system-x86_64")
+	binary, err := platform.QEMU()
 	if err != nil {
-		skip(t, "no QEMU: %v", err)
+		skip(t, "%v", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
 	defer cancel()
@@ -174,12 +175,11 @@ var buildGuest = sync.OnceValues(func() ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", dir+"/guest", "./internal/vsockguest")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build the guest's program: %w\n%s", err, out)
+	program, err := platform.Build("pkg/vsock/internal/vsockguest", dir)
+	if err != nil {
+		return nil, err
 	}
-	return os.ReadFile(dir + "/guest")
+	return os.ReadFile(program)
 })
 
 // wrapper returns a program that is binary with further arguments.
@@ -199,16 +199,11 @@ func wrapper(t testing.TB, binary string, extra []string) string {
 // accelerator returns what is to execute the guest.
 func accelerator(ctx context.Context, t testing.TB) hypervisor.Accelerator {
 	t.Helper()
-	if os.Getenv("VMRT_LAB") != "" {
-		// The nested machine has a KVM that works. It is too slow there for
-		// a verdict within the time limit.
-		return hypervisor.KVM
-	}
-	verdict, err := accel.Choose(ctx, hypervisor.Auto, accel.Config{})
+	a, err := platform.Accelerator(ctx, accel.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return verdict.Accelerator
+	return a
 }
 
 // lockedStart starts a command from a thread that lives as long as the test:
@@ -238,7 +233,7 @@ func TestVM(t *testing.T) {
 // TestKVM is TestVM with the kernel's device.
 func TestKVM(t *testing.T) {
 	if _, err := os.Stat("/dev/vhost-vsock"); err != nil {
-		if os.Getenv("VMRT_LAB") != "" {
+		if platform.Lab() {
 			t.Fatal(err)
 		}
 		t.Skipf("needs a real KVM and vhost-vsock: %v; make test-kvm", err)

@@ -27,6 +27,10 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // callTimeout bounds each request of a test.
@@ -58,8 +62,10 @@ func requireVM(t testing.TB) {
 	case !exists(filepath.Join(shimDir(t), "containerd-shim-vmrt-v2")) || !exists(filepath.Join(shimDir(t), "guest")):
 		missing = "needs `make build`"
 	default:
-		if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-			missing = "needs qemu-system-x86_64"
+		if _, err := platform.QEMU(); err != nil {
+			missing = err.Error()
+		} else if _, err := measured(); err != nil {
+			missing = err.Error()
 		}
 	}
 	if missing == "" {
@@ -70,6 +76,11 @@ func requireVM(t testing.TB) {
 	}
 	t.Skip(missing)
 }
+
+// measured has the accelerator probed, so that each shim finds the verdict.
+var measured = sync.OnceValues(func() (hypervisor.Accelerator, error) {
+	return platform.Accelerator(context.Background(), accel.Config{})
+})
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
@@ -177,7 +188,7 @@ func (s *shim) add(t testing.TB, o options) *shim {
 
 func (s *shim) writeConfig(extra string) {
 	s.config = filepath.Join(s.dir, "config.toml")
-	content := fmt.Sprintf("state_dir = %q\n%s\n", filepath.Join(s.dir, "state"), extra)
+	content := fmt.Sprintf("state_dir = %q\n%s\n", filepath.Join(s.dir, "state"), platform.Settings(extra))
 	if err := os.WriteFile(s.config, []byte(content), 0o644); err != nil {
 		s.t.Fatal(err)
 	}

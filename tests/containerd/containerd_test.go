@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 const runtimeName = "io.containerd.vmrt.v2"
@@ -35,8 +36,11 @@ func binDir(t testing.TB) string {
 // start runs a containerd of this branch with the busybox image in it.
 func start(t testing.TB, branch string, tools ...string) *env.Env {
 	t.Helper()
-	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
-	e := env.ForTest(t, env.Config{Containerd: branch, BinDirs: []string{binDir(t)}, Tools: tools})
+	env.NeedProgram(t, "busybox")
+	if _, err := platform.QEMU(); err != nil {
+		env.SkipOrFail(t, "%v", err)
+	}
+	e := env.ForTest(t, env.Config{Containerd: branch, BinDirs: []string{binDir(t)}, Tools: tools, VMRT: platform.Settings("")})
 	img, err := image.Busybox()
 	if err != nil {
 		t.Fatal(err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -18,6 +17,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // skip skips the test for what the machine lacks, unless it must run.
@@ -32,13 +32,9 @@ func skip(t testing.TB, format string, args ...any) {
 // qemuBinary returns the QEMU to test with.
 func qemuBinary(t testing.TB) string {
 	t.Helper()
-	name := os.Getenv("VMRT_QEMU")
-	if name == "" {
-		name = "qemu-system-x86_64"
-	}
-	path, err := exec.LookPath(name)
+	path, err := platform.QEMU()
 	if err != nil {
-		skip(t, "no QEMU: %v", err)
+		skip(t, "%v", err)
 	}
 	return path
 }
@@ -64,11 +60,9 @@ func kernelOf(t testing.TB, kind string) string {
 func testInitrd(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
-	program := filepath.Join(dir, "init")
-	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", program, "./testdata/init")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build testdata/init: %v\n%s", err, out)
+	program, err := platform.Build("pkg/hypervisor/qemu/testdata/init", dir)
+	if err != nil {
+		t.Fatal(err)
 	}
 	content, err := os.ReadFile(program)
 	if err != nil {
@@ -150,21 +144,15 @@ const bootTimeout = 3 * time.Minute
 // device is the kernel's under KVM, if that has one, and else a silent one.
 func testSpec(t testing.TB, kernel, initrd string) hypervisor.Spec {
 	t.Helper()
-	wish := hypervisor.Auto
-	if os.Getenv("VMRT_LAB") != "" {
-		// The nested machine has a KVM that works, and is too slow for a
-		// verdict within the time limit.
-		wish = hypervisor.KVM
-	}
-	chosen, err := accel.Choose(context.Background(), wish, accel.Config{CacheDir: cacheDir()})
+	accelerator, err := platform.Accelerator(context.Background(), accel.Config{CacheDir: cacheDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	spec := hypervisor.Spec{
-		Name: "test", Accelerator: chosen.Accelerator, CPUs: 1, MemoryMiB: 128, Kernel: kernel, Initrd: initrd,
+		Name: "test", Accelerator: accelerator, CPUs: 1, MemoryMiB: 128, Kernel: kernel, Initrd: initrd,
 		Vsock: hypervisor.Vsock{CID: uint32(os.Getpid())<<8 | machines.Add(1)&0xff},
 	}
-	if f, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0); err == nil && chosen.Accelerator == hypervisor.KVM {
+	if f, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0); err == nil && accelerator == hypervisor.KVM {
 		spec.Vsock.VhostFD = f
 		t.Cleanup(func() { f.Close() })
 		return spec

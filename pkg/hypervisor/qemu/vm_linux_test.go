@@ -22,6 +22,8 @@ import (
 	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
+	"github.com/vmrt/vmrt/pkg/storage"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // eachKernel runs a test with every kind of kernel.
@@ -281,9 +283,9 @@ func openTap(name string) (*os.File, error) {
 
 // TestIntegrationShare reads a file through a virtiofsd.
 func TestIntegrationShare(t *testing.T) {
-	const daemon = "/usr/lib/qemu/virtiofsd"
-	if _, err := os.Stat(daemon); err != nil {
-		t.Skipf("no virtiofsd: %v", err)
+	daemon, err := platform.Virtiofsd(storage.FindDaemon)
+	if err != nil {
+		skip(t, "%v", err)
 	}
 	if os.Geteuid() != 0 {
 		t.Skip("virtiofsd needs root")
@@ -304,6 +306,7 @@ func TestIntegrationShare(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Both virtiofsd, in C and in Rust, know these arguments.
 	cmd := exec.Command(daemon, "--fd=3", "-o", "source="+dir, "-o", "sandbox=chroot")
 	cmd.ExtraFiles = []*os.File{listener}
 	if err := cmd.Start(); err != nil {

@@ -13,23 +13,17 @@ import (
 	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 const runtimeName = "io.containerd.vmrt.v2"
-
-// config leaves nothing to choose, and much time: an emulated machine runs the
-// virtual machine.
-const config = `accelerator = "kvm"
-vsock = "vhost"
-boot_timeout = "5m"
-`
 
 // start runs a containerd whose virtual machines use KVM and vhost-vsock.
 func start(t *testing.T) *env.Env {
 	t.Helper()
 	for _, dev := range []string{"/dev/kvm", "/dev/vhost-vsock"} {
 		if _, err := os.Stat(dev); err != nil {
-			if os.Getenv("VMRT_LAB") != "" {
+			if platform.Lab() {
 				t.Fatal(err)
 			}
 			t.Skipf("needs %s: run `make test-kvm`", dev)
@@ -40,7 +34,7 @@ func start(t *testing.T) *env.Env {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := env.ForTest(t, env.Config{BinDirs: []string{filepath.Join(root, "bin")}, VMRT: config})
+	e := env.ForTest(t, env.Config{BinDirs: []string{filepath.Join(root, "bin")}, VMRT: platform.Settings("")})
 	measure(t, e)
 	img, err := image.Busybox()
 	if err != nil {

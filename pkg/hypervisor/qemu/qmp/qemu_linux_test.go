@@ -16,19 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu/qmp"
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // startQEMU runs a QEMU without a machine and returns a connection to its
 // monitor.
 func startQEMU(t *testing.T) net.Conn {
 	t.Helper()
-	name := os.Getenv("VMRT_QEMU")
-	if name == "" {
-		name = "qemu-system-x86_64"
-	}
-	path, err := exec.LookPath(name)
+	path, err := platform.QEMU()
 	if err != nil {
-		t.Skipf("no QEMU: %v", err)
+		t.Skip(err)
 	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
