@@ -16,7 +16,7 @@ GO_BUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags no_grpc -ldfl
 
 FUZZTIME ?= 30s
 
-root = @[ "$$(id -u)" = 0 ] || { echo "make $@ needs root: run 'sudo make $@'" >&2; exit 1; }
+root = @[ "$$(id -u)" = 0 ] || { echo "make $@ needs root: run it as root, for example by 'sudo make $@'" >&2; exit 1; }
 deps = @hack/deps.sh
 
 .PHONY: help

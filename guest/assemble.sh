@@ -13,7 +13,7 @@ main() {
 	kernel=$("$GUEST/kernel.sh" -n)
 	if [[ -z $kernel ]]; then
 		kernel=$(newest "$CACHE"/kernel-tuned-*)
-		say "WARNING: ${kernel:+tuned kernel of another configuration; }'make kernel' builds the tuned kernel"
+		say "note: ${kernel:+the tuned kernel is of another configuration; }'make kernel' builds the tuned kernel, which boots faster than the stock one"
 	fi
 	if [[ $kernel ]]; then
 		mkguest tuned

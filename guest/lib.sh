@@ -52,6 +52,7 @@ need() {
 	done
 	((${#missing[@]})) || return 0
 	[[ $(id -u) == 0 ]] || die "run as root, or install first: ${missing[*]}"
+	command -v apt-get >/dev/null || die "this machine has no apt-get, so install by hand: ${missing[*]}"
 	say "installing ${missing[*]}"
 	retry_updated env DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -q --no-install-recommends "${missing[@]}" >&2 || die "install ${missing[*]}"

@@ -49,7 +49,11 @@ func run(ctx context.Context, runtime string) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg := env.Config{Containerd: "lean", BinDirs: []string{filepath.Join(root, "bin")}, Progress: os.Stderr}
+	cfg := env.Config{
+		Containerd: "lean", BinDirs: []string{filepath.Join(root, "bin")}, Progress: os.Stderr,
+		// Of the machine nothing is known: it may emulate, and be busy.
+		VMRT: "boot_timeout = \"3m\"\n",
+	}
 	if strings.Contains(runtime, ".runc.") {
 		cfg.Containerd, cfg.Tools = "2.4", []string{"runc"}
 	}
