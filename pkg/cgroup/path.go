@@ -11,6 +11,9 @@ import (
 // defaultParent holds the cgroups of pods that ask for none.
 const defaultParent = "/vmrt"
 
+// Path is the path that Create gives to a cgroup.
+func Path(cgroupsPath, id string) (string, error) { return resolve(cgroupsPath, id) }
+
 // resolve turns an OCI cgroupsPath into a path below a hierarchy's root.
 func resolve(cgroupsPath, id string) (string, error) {
 	p := cgroupsPath

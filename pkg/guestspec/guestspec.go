@@ -134,6 +134,26 @@ func Rewrite(in Input) (*Plan, error) {
 	return plan, nil
 }
 
+// Check finds what Rewrite would refuse without knowing the guest, so that it
+// is told before anything is started or any hook has run. in.GuestDevices and
+// in.PodNamespaces are not looked at. Nil does not mean that Rewrite succeeds.
+func Check(in Input) error {
+	if err := checkInput(in); err != nil {
+		return err
+	}
+	if err := checkLinux(in.Spec.Linux); err != nil {
+		return err
+	}
+	if _, err := networkNamespace(in.Spec.Linux.Namespaces); err != nil {
+		return err
+	}
+	if _, _, err := RewriteResources(in.Spec.Linux.Resources); in.Spec.Linux.Resources != nil && err != nil {
+		return err
+	}
+	_, _, err := splitHooks(in.Spec.Hooks)
+	return err
+}
+
 // checkInput finds what is missing, in the order in which runc does.
 func checkInput(in Input) error {
 	if err := api.CheckID(in.ID); err != nil {

@@ -65,7 +65,7 @@ func (s *Sandbox) explain(ctx context.Context, err error) error {
 		select {
 		case <-s.dead:
 		case <-ctx.Done():
-		case <-time.After(vmEndGrace):
+		case <-time.After(2 * vmEndGrace): // watch waits as well
 		}
 	}
 	select {

@@ -41,6 +41,10 @@ import (
 type Config struct {
 	// ID and Namespace are containerd's.
 	ID, Namespace string
+	// Bundle is that of the first container, or the sandbox's own. Containers
+	// is what Save is to write as soon as there is something to clean up.
+	Bundle     string
+	Containers map[string]state.Container
 	// Settings come from the configuration file.
 	Settings *config.Config
 	// Socket is the path of the shim's socket, for the state file.
@@ -67,7 +71,9 @@ type Sandbox struct {
 
 	ns     *podns.Namespaces
 	cgroup *cgroup.Cgroup
-	share  *storage.Share
+	// cgroupPath is set before there is a cgroup.
+	cgroupPath string
+	share      *storage.Share
 
 	// Set by Boot, read only once it returned.
 	transport vsock.Transport
@@ -113,6 +119,14 @@ func New(cfg Config) (_ *Sandbox, err error) {
 		cfg: cfg, store: state.Open(cfg.Settings.StateDir), created: time.Now(),
 		agentGone: make(chan struct{}), dead: make(chan struct{}),
 	}
+	if s.cgroupPath, err = cgroup.Path(cfg.CgroupsPath, cfg.ID); err != nil {
+		return nil, fmt.Errorf("create cgroup: %w", err)
+	}
+	// Before anything else: `shim delete` finds what follows, whenever this
+	// process is killed.
+	if err := s.Link(cfg.Bundle); err != nil {
+		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
+	}
 	if s.dir, err = s.store.Create(cfg.Namespace, cfg.ID); err != nil {
 		return nil, fmt.Errorf("create sandbox %s: %w", cfg.ID, err)
 	}
@@ -121,6 +135,9 @@ func New(cfg Config) (_ *Sandbox, err error) {
 			err = errors.Join(fmt.Errorf("create sandbox %s: %w", cfg.ID, err), s.Stop(context.Background()))
 		}
 	}()
+	if err := s.Save(cfg.Containers); err != nil {
+		return nil, err
+	}
 	if s.cgroup, err = cgroup.Create(cfg.CgroupsPath, cfg.ID); err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
@@ -250,11 +267,12 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 }
 
 // Save writes the state file, from which `shim delete` cleans up when this
-// process was killed. Call it after Boot, and when containers change.
+// process was killed. Call it before Boot or after it, and when containers
+// change.
 func (s *Sandbox) Save(containers map[string]state.Container) error {
 	st := &state.Sandbox{
 		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
-		Socket: s.cfg.Socket, CgroupPath: s.cgroup.Path(), NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
+		Socket: s.cfg.Socket, CgroupPath: s.cgroupPath, NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
 		Vsock: s.boot.Transport, CID: s.boot.CID,
 	}
 	var err error

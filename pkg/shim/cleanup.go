@@ -37,9 +37,13 @@ func (manager) Stop(ctx context.Context, id string) (containerdshim.StopStatus, 
 	}
 	status := containerdshim.StopStatus{ExitStatus: statusKilled, ExitedAt: time.Now()}
 	store, st, err := state.FromBundle(bundle)
-	if errdefs.IsNotFound(err) {
-		// It died before there was anything, or all of it is gone already.
+	if errdefs.IsNotFound(err) && st == nil {
+		// It died before there was anything.
 		return status, nil
+	}
+	if errdefs.IsNotFound(err) {
+		// It died before it had written its state, or all is gone already.
+		return status, store.Remove(st.Namespace, st.ID)
 	}
 	if errdefs.IsDataLoss(err) {
 		// Nothing more can be learned from it.

@@ -86,6 +86,9 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	if err != nil {
 		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
 	}
+	if err := guestspec.Check(guestspec.Input{ID: r.ID, Bundle: r.Bundle, Spec: spec}); err != nil {
+		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
+	}
 	c := &container{
 		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{},
 		init: newProcess("", stdio.Config{
@@ -124,6 +127,8 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 				log.G(ctx).WithError(err).Error("stop sandbox of a failed create")
 			}
 		})
+	} else if err := sb.Link(c.bundle); err != nil {
+		return err
 	}
 	c.removeFiles = func() error { return sb.Share().RemoveContainer(c.id) }
 	undo.add(func(ctx context.Context) {
@@ -138,14 +143,11 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 	if first && !late {
 		s.startBoot()
 	}
-	if err := s.prepareHost(ctx, sb, c, r.Rootfs); err != nil {
+	if err := s.prepareHost(ctx, sb, c, r.Rootfs, undo); err != nil {
 		return err
 	}
 	if first && late {
 		s.startBoot()
-	}
-	if err := sb.Link(c.bundle); err != nil {
-		return err
 	}
 	io, err := stdio.Open(ctx, c.init.stdio)
 	if err != nil {
@@ -189,7 +191,7 @@ func (s *service) created(ctx context.Context, sb *sandbox.Sandbox, c *container
 
 // prepareHost mounts the root file system, starts the process that stands for
 // the container, and runs the hooks that belong on the host.
-func (s *service) prepareHost(ctx context.Context, sb *sandbox.Sandbox, c *container, rootfs []*types.Mount) error {
+func (s *service) prepareHost(ctx context.Context, sb *sandbox.Sandbox, c *container, rootfs []*types.Mount, undo *rollback) error {
 	root := sb.EmptyDir()
 	if !c.isPod {
 		var err error
@@ -206,6 +208,9 @@ func (s *service) prepareHost(ctx context.Context, sb *sandbox.Sandbox, c *conta
 		return fmt.Errorf("start anchor of container %s: %w", c.id, err)
 	}
 	c.setAnchor(a)
+	// As with runc: what a createRuntime hook has set up, a poststop hook takes
+	// down, whether the container came to be or not.
+	undo.add(func(ctx context.Context) { s.runPoststop(ctx, c) })
 	return s.runHooks(ctx, c, specs.StateCreating, hookPrestart, hookCreateRuntime)
 }
 

@@ -71,18 +71,23 @@ func (s *service) runPoststop(ctx context.Context, c *container) {
 	}
 }
 
+// record is the container as the state file has it.
+func (c *container) record() state.Container {
+	_, status, exitedAt := c.init.snapshot()
+	return state.Container{
+		Bundle: c.bundle, OCIVersion: c.spec.Version, Annotations: c.spec.Annotations,
+		Poststop: hookList(c.spec.Hooks, hookPoststop), Pid: int(c.pid()),
+		ExitStatus: status, ExitedAt: exitedAt,
+	}
+}
+
 // saveState writes what `shim delete` needs if this process is killed.
 func (s *service) saveState() {
 	s.mu.Lock()
 	sb := s.sandbox
 	containers := make(map[string]state.Container, len(s.containers))
 	for id, c := range s.containers {
-		_, status, exitedAt := c.init.snapshot()
-		containers[id] = state.Container{
-			Bundle: c.bundle, OCIVersion: c.spec.Version, Annotations: c.spec.Annotations,
-			Poststop: hookList(c.spec.Hooks, hookPoststop), Pid: int(c.pid()),
-			ExitStatus: status, ExitedAt: exitedAt,
-		}
+		containers[id] = c.record()
 	}
 	s.mu.Unlock()
 	if sb == nil {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/sandbox"
+	"github.com/vmrt/vmrt/pkg/state"
 )
 
 // deathNotice is how long after a broken connection the end of the virtual
@@ -39,14 +40,15 @@ func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sa
 	if err != nil {
 		return nil, false, fmt.Errorf("container %s: %w", c.id, err)
 	}
-	if err := s.newSandbox(c.id, pod, options); err != nil {
+	if err := s.newSandbox(c.id, c.bundle, pod, options, map[string]state.Container{c.id: c.record()}); err != nil {
 		return nil, false, err
 	}
 	return s.sandbox, true, nil
 }
 
-// newSandbox makes the sandbox. s.mu is held.
-func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) error {
+// newSandbox makes the sandbox, whose state begins with containers. s.mu is
+// held.
+func (s *service) newSandbox(id, bundle string, pod *podConfig, options *anypb.Any, containers map[string]state.Container) error {
 	settings, err := loadSettings(options)
 	if err != nil {
 		return err
@@ -60,7 +62,8 @@ func (s *service) newSandbox(id string, pod *podConfig, options *anypb.Any) erro
 		return fmt.Errorf("size virtual machine of sandbox %s: %w", id, err)
 	}
 	sb, err := sandbox.New(sandbox.Config{
-		ID: id, Namespace: s.namespace, Socket: ownSocket(), Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
+		ID: id, Namespace: s.namespace, Bundle: bundle, Containers: containers, Socket: ownSocket(),
+		Settings: settings, NetNS: pod.netns, CgroupsPath: pod.cgroupsPath,
 		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, SpareNICs: pod.spareNICs,
 	})
 	if err != nil {

@@ -115,7 +115,7 @@ func (s *service) createSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 		s.mu.Unlock()
 		return errdefs.ErrAlreadyExists
 	}
-	err = s.newSandbox(r.SandboxID, pod, nil)
+	err = s.newSandbox(r.SandboxID, r.BundlePath, pod, nil, nil)
 	sb := s.sandbox
 	s.mu.Unlock()
 	if err != nil {
@@ -141,9 +141,6 @@ func (s *service) createSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 		return fmt.Errorf("start anchor: %w", err)
 	}
 	undo.add(func(context.Context) { a.anchor.Close() })
-	if err := sb.Link(r.BundlePath); err != nil {
-		return err
-	}
 	s.mu.Lock()
 	s.api = a
 	s.mu.Unlock()

@@ -49,8 +49,8 @@ func (s Store) Link(bundle, namespace, id string) error {
 
 // FromBundle follows the pointer that Link wrote. It is errdefs.ErrNotFound
 // when there is none, or nothing where it leads to. When the pointer is good
-// and the state is errdefs.ErrDataLoss, the sandbox has its ID and Namespace
-// alone, beside the error.
+// and the state is errdefs.ErrDataLoss or errdefs.ErrNotFound, the sandbox has
+// its ID and Namespace alone, beside the error.
 func FromBundle(bundle string) (Store, *Sandbox, error) {
 	p := new(pointer)
 	if err := read(filepath.Join(bundle, pointerFile), p, p.check); err != nil {
@@ -58,7 +58,7 @@ func FromBundle(bundle string) (Store, *Sandbox, error) {
 	}
 	s := Open(p.StateDir)
 	sb, err := s.Load(p.Namespace, p.ID)
-	if errdefs.IsDataLoss(err) {
+	if errdefs.IsDataLoss(err) || errdefs.IsNotFound(err) {
 		sb = &Sandbox{ID: p.ID, Namespace: p.Namespace}
 	}
 	return s, sb, err

@@ -112,7 +112,11 @@ func (s Store) Create(namespace, id string) (string, error) {
 	}
 	// The namespace's folder goes with its last sandbox, perhaps just now.
 	for range 1000 {
-		if err = os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		err = os.MkdirAll(filepath.Dir(dir), 0o700)
+		if errors.Is(err, os.ErrExist) || errors.Is(err, os.ErrNotExist) {
+			continue // It went between two looks of MkdirAll.
+		}
+		if err != nil {
 			return "", fmt.Errorf("create state of sandbox %s/%s: %w", namespace, id, err)
 		}
 		if err = os.Mkdir(dir, 0o700); !errors.Is(err, os.ErrNotExist) {

@@ -331,8 +331,8 @@ func TestPointer(t *testing.T) {
 	if err := s.Remove("k8s.io", "web"); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := FromBundle(bundle); !errdefs.IsNotFound(err) {
-		t.Errorf("FromBundle() without a state: error = %v; want not found", err)
+	if _, sb, err := FromBundle(bundle); !errdefs.IsNotFound(err) || sb == nil || sb.ID != "web" {
+		t.Errorf("FromBundle() without a state = %v, %v; want the sandbox's id and not found", sb, err)
 	}
 
 	for _, content := range []string{"", "{}", `{"version":1,"stateDir":"vmrt","namespace":"a","id":"b"}`, `{"version":1,"stateDir":"/run","namespace":"..","id":"b"}`} {
