@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/vmrt/vmrt/pkg/anchor"
@@ -170,29 +171,39 @@ func (s *service) CloseIO(ctx context.Context, r *taskapi.CloseIORequest) (*empt
 
 // Update changes the container's resource limits in the guest.
 func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
-	err := s.ask(ctx, "update container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
-		var wanted specs.LinuxResources
-		if err := typeurl.UnmarshalTo(r.Resources, &wanted); err != nil {
-			return fmt.Errorf("decode resources: %w: %w", err, errdefs.ErrInvalidArgument)
-		}
-		resources, warnings, err := guestspec.RewriteResources(&wanted)
-		if err != nil {
-			return err
-		}
-		encoded, err := typeurl.MarshalAnyToProto(resources)
-		if err != nil {
-			return err
-		}
-		for _, w := range warnings {
-			log.G(ctx).WithField("container", c.id).Warn(w)
-		}
-		_, err = sb.Tasks().Update(ctx, &taskapi.UpdateTaskRequest{ID: r.ID, Resources: encoded})
+	c, err := s.container(r.ID)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	resources, warnings, err := rewriteUpdate(r.Resources)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("update container %s: %w", c.id, err))
+	}
+	for _, w := range warnings {
+		log.G(ctx).WithField("container", c.id).Warn(w)
+	}
+	err = s.ask(ctx, "update container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
+		_, err := sb.Tasks().Update(ctx, &taskapi.UpdateTaskRequest{ID: r.ID, Resources: resources})
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	return empty, nil
+}
+
+// rewriteUpdate makes an update's resources the guest's.
+func rewriteUpdate(encoded *anypb.Any) (_ *anypb.Any, warnings []string, err error) {
+	var wanted specs.LinuxResources
+	if err := typeurl.UnmarshalTo(encoded, &wanted); err != nil {
+		return nil, nil, fmt.Errorf("decode resources: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	resources, warnings, err := guestspec.RewriteResources(&wanted)
+	if err != nil {
+		return nil, nil, err
+	}
+	out, err := typeurl.MarshalAnyToProto(resources)
+	return out, warnings, err
 }
 
 // Stats returns the container's cgroup v2 metrics as the guest counts them.
