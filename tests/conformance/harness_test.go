@@ -236,19 +236,25 @@ func (s *shim) serveEvents() string {
 	return path
 }
 
-// start runs `shim start` and connects to the address that it prints.
-func (s *shim) start(events string) {
+// bootstrap is what containerd writes to `shim start`.
+func (s *shim) bootstrap(events, sockets string) []byte {
 	s.t.Helper()
-	s.openLog()
-	params, err := proto.Marshal(&bootapi.BootstrapParams{
+	b, err := proto.Marshal(&bootapi.BootstrapParams{
 		InstanceID: s.id, Namespace: namespace, LogLevel: bootapi.LogLevel_LOG_LEVEL_DEBUG,
 		ContainerdGrpcAddress: filepath.Join(s.dir, "containerd.sock"), ContainerdTtrpcAddress: events,
-		SocketDir: proto.String(s.socketDir()),
+		SocketDir: proto.String(sockets),
 	})
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	out := s.runBinary(bytes.NewReader(params), "start")
+	return b
+}
+
+// start runs `shim start` and connects to the address that it prints.
+func (s *shim) start(events string) {
+	s.t.Helper()
+	s.openLog()
+	out := s.runBinary(bytes.NewReader(s.bootstrap(events, s.socketDir())), "start")
 	var result bootapi.BootstrapResult
 	if err := proto.Unmarshal(out, &result); err != nil {
 		s.t.Fatalf("shim start printed %q: %v", out, err)

@@ -59,6 +59,13 @@ func (c *collector) String() string {
 	return c.buf.String()
 }
 
+// text returns what was written so far.
+func (c *collector) text() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.buf.String()
+}
+
 // waitFor waits until text was written.
 func (c *collector) waitFor(t testing.TB, text string) {
 	t.Helper()
