@@ -153,6 +153,8 @@ func newMachine(t testing.TB, kind string) *machine {
 	t.Cleanup(func() { m.transport.Close() })
 	m.spec = hypervisor.Spec{
 		Name: "probe", Accelerator: hypervisor.TCG, CPUs: 2, MemoryMiB: 192,
+		CmdlineDevices: guest.CmdlineDevices(kind),
+
 		Kernel:  filepath.Join(m.dir, guest.KernelFile),
 		Initrd:  initrd(t, filepath.Join(m.dir, guest.InitramfsFile)),
 		Vsock:   m.transport.Device(),

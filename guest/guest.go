@@ -30,6 +30,10 @@ const (
 	Stock = "stock"
 )
 
+// CmdlineDevices reports whether kernels of a kind take virtio-mmio devices from
+// their command line. Distributions leave that out.
+func CmdlineDevices(kind string) bool { return kind == Tuned }
+
 // Manifest describes one folder of guest files.
 type Manifest struct {
 	Kernel    Kernel    `json:"kernel"`

@@ -30,10 +30,13 @@ import (
 // bootTimeout bounds a boot on a busy machine without hardware virtualisation.
 const bootTimeout = 60 * time.Second
 
-// guestFiles returns the folder of the guest files to test, by kernel.
-func guestFiles(t testing.TB, kind string) string {
+// guestFiles returns the folder of the guest files to test, by kernel. They are
+// below root, or where VMRT_GUEST or the build has them.
+func guestFiles(t testing.TB, root, kind string) string {
 	t.Helper()
-	root := os.Getenv("VMRT_GUEST")
+	if root == "" {
+		root = os.Getenv("VMRT_GUEST")
+	}
 	if root == "" {
 		root = "../../bin/guest"
 	}
@@ -50,7 +53,9 @@ type virtual struct {
 	vm        hypervisor.VM
 	host      vsock.Conn // the connection of the handshake
 	hello     api.Hello
-	ready     time.Duration // from the exec of the VMM to Hello
+	begin     time.Time     // of the VMM
+	ready     time.Duration // from then to Hello
+	cpu       time.Duration // of the VMM until Hello
 	console   *console
 }
 
@@ -80,6 +85,7 @@ func (c *console) text() string {
 
 // spec is how a test wants its machine.
 type vmSpec struct {
+	root    string // of guest files; "" is the usual one
 	kind    string
 	cmdline []string
 	cpus    int
@@ -94,7 +100,7 @@ type vmSpec struct {
 // bootVM boots a machine and greets it.
 func bootVM(t testing.TB, s vmSpec) *virtual {
 	t.Helper()
-	dir := guestFiles(t, s.kind)
+	dir := guestFiles(t, s.root, s.kind)
 	binary, err := platform.QEMU()
 	if err != nil {
 		t.Skip(err)
@@ -112,6 +118,8 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	t.Cleanup(func() { v.transport.Close() })
 	spec := hypervisor.Spec{
 		Name: "vmrt-agent-test", Accelerator: accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
+		CmdlineDevices: guest.CmdlineDevices(s.kind),
+
 		Kernel:  filepath.Join(dir, guest.KernelFile),
 		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, v.transport.HostPort())}, s.cmdline...),
 		Vsock:   v.transport.Device(),
@@ -121,8 +129,7 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	} else {
 		spec.Initrd = extend(t, filepath.Join(dir, guest.InitramfsFile), s.programs)
 	}
-	var begin time.Time
-	v.vm, err = qemu.Launch(ctx, qemu.Config{Binary: binary, Start: lockedStart(t, &begin), Console: v.console.line, CacheDir: t.TempDir()}, spec)
+	v.vm, err = qemu.Launch(ctx, qemu.Config{Binary: binary, Start: lockedStart(t, &v.begin), Console: v.console.line, CacheDir: t.TempDir()}, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +146,7 @@ func bootVM(t testing.TB, s vmSpec) *virtual {
 	if err := api.ReadMessage(v.host, &v.hello); err != nil {
 		t.Fatal(err)
 	}
-	v.ready = time.Since(begin)
+	v.ready, v.cpu = time.Since(v.begin), cpuTime(t, v.vm.Pid())
 	if s.welcome == nil {
 		s.welcome = &api.Welcome{Time: timestamppb.Now(), Seed: bytes.Repeat([]byte{7}, 64), Hostname: "pod"}
 	}

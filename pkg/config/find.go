@@ -20,6 +20,8 @@ type Guest struct {
 	Kind string
 	// Kernel, Initrd and Manifest are files that exist.
 	Kernel, Initrd, Manifest string
+	// CmdlineDevices: the kernel takes devices from its command line.
+	CmdlineDevices bool
 }
 
 // Guest finds the guest files that Kernel and GuestDir choose. With KernelAuto
@@ -71,6 +73,8 @@ func guestIn(dir, kind string) (Guest, error) {
 		Kernel:   filepath.Join(dir, guest.KernelFile),
 		Initrd:   filepath.Join(dir, guest.InitramfsFile),
 		Manifest: filepath.Join(dir, guest.ManifestFile),
+
+		CmdlineDevices: guest.CmdlineDevices(kind),
 	}
 	for _, name := range []string{g.Kernel, g.Initrd, g.Manifest} {
 		if st, err := os.Stat(name); err != nil || !st.Mode().IsRegular() {

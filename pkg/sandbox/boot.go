@@ -173,16 +173,17 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 		Transport: s.transport.Name(), CID: s.transport.CID(),
 	}
 	return &hypervisor.Spec{
-		Name:        "vmrt-" + s.cfg.ID,
-		Accelerator: verdict.Accelerator,
-		CPUs:        s.cfg.CPUs,
-		MemoryMiB:   s.cfg.MemoryMiB,
-		Kernel:      guest.Kernel,
-		Initrd:      guest.Initrd,
-		Cmdline:     s.cmdline(),
-		Vsock:       s.transport.Device(),
-		NICs:        s.network.NICs(),
-		Shares:      []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
+		Name:           "vmrt-" + s.cfg.ID,
+		Accelerator:    verdict.Accelerator,
+		CPUs:           s.cfg.CPUs,
+		MemoryMiB:      s.cfg.MemoryMiB,
+		Kernel:         guest.Kernel,
+		Initrd:         guest.Initrd,
+		CmdlineDevices: guest.CmdlineDevices,
+		Cmdline:        s.cmdline(),
+		Vsock:          s.transport.Device(),
+		NICs:           s.network.NICs(),
+		Shares:         []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
 	}, nil
 }
 

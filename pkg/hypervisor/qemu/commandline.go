@@ -13,9 +13,16 @@ import (
 // terminating zero.
 const maxCmdline = 2047
 
-// maxTransports is how many virtio-mmio transports microvm has with ACPI, which
-// gives it a second IO-APIC (hw/i386/microvm.c).
-const maxTransports = 24
+// How many virtio-mmio transports microvm has: more with ACPI, which gives it a
+// second IO-APIC (hw/i386/microvm.c).
+const (
+	maxTransports         = 24
+	maxTransportsSansACPI = 8
+)
+
+// deviceArgument is about what QEMU adds to the kernel's command line for each
+// transport if there is no ACPI.
+const deviceArgument = " virtio_mmio.device=512@0xfeb00e00:12"
 
 // The paths by which QEMU knows the guest's files, which are the first ones it
 // inherits.
@@ -38,8 +45,15 @@ type files struct {
 // none of them.
 func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os.File, error) {
 	cmdline := strings.Join(kernelArguments(b, h, s), " ")
-	if len(cmdline) > maxCmdline {
-		return nil, nil, fmt.Errorf("kernel command line of %d bytes: at most %d", len(cmdline), maxCmdline)
+	limit := maxCmdline
+	if !needsACPI(s) {
+		limit -= transports(s) * len(deviceArgument)
+	}
+	if len(cmdline) > limit {
+		return nil, nil, fmt.Errorf("kernel command line of %d bytes: at most %d", len(cmdline), limit)
+	}
+	if n := transports(s); n > maxTransports {
+		return nil, nil, fmt.Errorf("%d devices: at most %d", n, maxTransports)
 	}
 	c := &arguments{}
 	c.add("-name", "guest="+escape(s.Name)+",debug-threads=on")
@@ -61,10 +75,16 @@ func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os
 	c.chardev("qmp", f.qmp)
 	c.add("-mon", "chardev=qmp,mode=control")
 	c.devices(s)
-	if c.transports > maxTransports {
-		return nil, nil, fmt.Errorf("%d devices: at most %d", c.transports, maxTransports)
-	}
 	return c.args, c.files, nil
+}
+
+// transports returns how many virtio devices the machine has, each of which
+// takes a transport: those of the spec, the random generator and the balloon.
+func transports(s *hypervisor.Spec) int { return 1 + len(s.NICs) + len(s.Shares) + 2 }
+
+// needsACPI reports whether the guest must find its devices by ACPI.
+func needsACPI(s *hypervisor.Spec) bool {
+	return !s.CmdlineDevices || transports(s) > maxTransportsSansACPI
 }
 
 // kernelArguments returns the kernel's command line: what the machine needs
@@ -78,6 +98,9 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 		// the reset into QEMU's end.
 		"reboot=t", "panic=-1",
 	}
+	if !needsACPI(s) {
+		args = append(args, "acpi=off") // else it complains
+	}
 	if s.Accelerator == hypervisor.TCG {
 		args = append(args, emulationArguments(b, h)...)
 	}
@@ -86,10 +109,11 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 
 // emulationArguments returns what the kernel must know of an emulated CPU.
 func emulationArguments(b Binary, h host) []string {
-	// Emulated code does not speculate, and patching every lock prefix
-	// costs a tenth of a second.
+	// Emulated code does not speculate. Patching every lock prefix, return and
+	// indirect branch to be faster costs more than a boot can win back;
+	// noreplace-thunks is the tuned kernel's.
 	args := []string{
-		"mitigations=off", "noreplace-smp",
+		"mitigations=off", "noreplace-smp", "noreplace-thunks",
 		// The rate of QEMU's local APIC timer (hw/intc/apic.c), for
 		// kernels that can be told it rather than measuring for a tenth
 		// of a second; others hand it on to PID 1's environment.
@@ -125,9 +149,8 @@ const translationCache = "64"
 
 // arguments collects the command line and the files that it refers to.
 type arguments struct {
-	args       []string
-	files      []*os.File
-	transports int
+	args  []string
+	files []*os.File
 }
 
 func (c *arguments) add(args ...string) { c.args = append(c.args, args...) }
@@ -155,14 +178,13 @@ func (c *arguments) chardev(id string, f *os.File) {
 	c.add("-chardev", "socket,id="+id+",fd="+c.fd(f))
 }
 
-// device adds a virtio device, which takes one transport.
-func (c *arguments) device(options string) {
-	c.transports++
-	c.add("-device", options)
-}
+func (c *arguments) device(options string) { c.add("-device", options) }
 
 func (c *arguments) machine(s *hypervisor.Spec, f files) {
-	machine := "microvm,acpi=on,x-option-roms=off"
+	machine := "microvm,acpi=off,x-option-roms=off"
+	if needsACPI(s) {
+		machine = "microvm,acpi=on,x-option-roms=off"
+	}
 	if s.SharedMemory() {
 		machine += ",memory-backend=mem"
 		c.add("-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", s.MemoryMiB))

@@ -55,6 +55,11 @@ func TestCommandLine(t *testing.T) {
 	withKVM.kvm = file("kvm")
 	noSandbox := qemu7
 	noSandbox.Sandbox = false
+	sansACPI, crowded := full(hypervisor.TCG), full(hypervisor.KVM)
+	sansACPI.CmdlineDevices, crowded.CmdlineDevices = true, true
+	for range 2 { // one more device than there are transports without ACPI
+		crowded.NICs = append(crowded.NICs, crowded.NICs[0])
+	}
 	tests := map[string]struct {
 		binary Binary
 		host   host
@@ -68,6 +73,8 @@ func TestCommandLine(t *testing.T) {
 		"kvm-passed":          {qemu10, host{}, minimal(hypervisor.KVM), withKVM},
 		"kvm-full":            {qemu10, host{}, full(hypervisor.KVM), testFiles()},
 		"tcg-without-seccomp": {noSandbox, host{TSCKHz: 2299998}, minimal(hypervisor.TCG), testFiles()},
+		"tcg-without-acpi":    {qemu7, host{TSCKHz: 2299998}, sansACPI, testFiles()},
+		"kvm-many-devices":    {qemu10, host{}, crowded, testFiles()},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -162,7 +169,16 @@ func TestCommandLineLimits(t *testing.T) {
 	for range 22 {
 		many.NICs = append(many.NICs, hypervisor.NIC{MAC: "02:00:00:00:00:01", Tap: []*os.File{file("tap")}})
 	}
-	for name, s := range map[string]hypervisor.Spec{"kernel command line of": long, "devices: at most 24": many} {
+	// QEMU's own arguments need room.
+	fits := minimal(hypervisor.KVM)
+	fits.Cmdline = []string{strings.Repeat("x", maxCmdline-len("console=ttyS0 quiet reboot=t panic=-1 "))}
+	if _, _, err := commandLine(qemu7, host{}, &fits, testFiles()); err != nil {
+		t.Errorf("commandLine() with %d arguments = %v; want none", maxCmdline, err)
+	}
+	fits.CmdlineDevices = true
+	for name, s := range map[string]hypervisor.Spec{
+		"kernel command line of": long, "2056 bytes: at most 1936": fits, "devices: at most 24": many,
+	} {
 		_, _, err := commandLine(qemu7, host{}, &s, testFiles())
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("commandLine() = %v; want an error with %q", err, name)

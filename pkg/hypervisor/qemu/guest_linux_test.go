@@ -151,6 +151,8 @@ func testSpec(t testing.TB, kernel, initrd string) hypervisor.Spec {
 	spec := hypervisor.Spec{
 		Name: "test", Accelerator: accelerator, CPUs: 1, MemoryMiB: 128, Kernel: kernel, Initrd: initrd,
 		Vsock: hypervisor.Vsock{CID: uint32(os.Getpid())<<8 | machines.Add(1)&0xff},
+
+		CmdlineDevices: guest.CmdlineDevices(filepath.Base(filepath.Dir(kernel))),
 	}
 	if f, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0); err == nil && accelerator == hypervisor.KVM {
 		spec.Vsock.VhostFD = f
