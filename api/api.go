@@ -8,7 +8,6 @@ package api
 import (
 	"fmt"
 	"path"
-	"regexp"
 )
 
 // ProtocolVersion is raised with every change that an older peer would
@@ -67,16 +66,31 @@ const (
 	MaxRules      = 1024
 )
 
-// identifier is containerd's rule for container and exec ids
-// (pkg/identifiers): it keeps an id usable as one path element.
-var identifier = regexp.MustCompile(`^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$`)
+// isIdentifier is containerd's rule for container and exec ids, which keeps an id
+// usable as one path element: letters and digits, with single separators between
+// them (pkg/identifiers). It is no regular expression because the agent would
+// compile that in every boot.
+func isIdentifier(s string) bool {
+	separator := true // before the next byte
+	for _, b := range []byte(s) {
+		switch {
+		case '0' <= b && b <= '9', 'A' <= b && b <= 'Z', 'a' <= b && b <= 'z':
+			separator = false
+		case (b == '.' || b == '_' || b == '-') && !separator:
+			separator = true
+		default:
+			return false
+		}
+	}
+	return !separator
+}
 
 // BundlePath returns the guest's bundle folder of a container.
 func BundlePath(id string) string { return path.Join(GuestBundles, id) }
 
 // CheckID returns an error unless id is a valid container id.
 func CheckID(id string) error {
-	if len(id) > 76 || !identifier.MatchString(id) {
+	if len(id) > 76 || !isIdentifier(id) {
 		return fmt.Errorf("id %q: want at most 76 letters, digits, '.', '_' and '-'", id)
 	}
 	return nil
