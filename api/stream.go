@@ -80,20 +80,29 @@ func WriteMessage(w io.Writer, m proto.Message) error {
 // ReadMessage reads what WriteMessage sent. A length above MaxHello is an
 // error before anything is allocated for it.
 func ReadMessage(r io.Reader, m proto.Message) error {
+	b, err := ReadFrame(r)
+	if err != nil {
+		return err
+	}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return fmt.Errorf("decode message of %d bytes: %w", len(b), err)
+	}
+	return nil
+}
+
+// ReadFrame reads one message as it was encoded.
+func ReadFrame(r io.Reader) ([]byte, error) {
 	var h [4]byte
 	if _, err := io.ReadFull(r, h[:]); err != nil {
-		return fmt.Errorf("read message length: %w", err)
+		return nil, fmt.Errorf("read message length: %w", err)
 	}
 	n := binary.BigEndian.Uint32(h[:])
 	if n > MaxHello {
-		return fmt.Errorf("message of %d bytes: at most %d", n, MaxHello)
+		return nil, fmt.Errorf("message of %d bytes: at most %d", n, MaxHello)
 	}
 	b := make([]byte, n)
 	if _, err := io.ReadFull(r, b); err != nil {
-		return fmt.Errorf("read message of %d bytes: %w", n, err)
+		return nil, fmt.Errorf("read message of %d bytes: %w", n, err)
 	}
-	if err := proto.Unmarshal(b, m); err != nil {
-		return fmt.Errorf("decode message of %d bytes: %w", n, err)
-	}
-	return nil
+	return b, nil
 }

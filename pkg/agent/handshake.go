@@ -77,30 +77,111 @@ func readWelcome(host *os.File) error {
 	if err := host.SetReadDeadline(time.Now().Add(handshakeTimeout)); err != nil {
 		return fmt.Errorf("welcome: %w", err)
 	}
-	var w api.Welcome
-	if err := api.ReadMessage(host, &w); err != nil {
+	w, err := decodeWelcome(host)
+	if err != nil {
 		return fmt.Errorf("welcome: %w", err)
 	}
 	if err := host.SetReadDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("welcome: %w", err)
 	}
-	if w.Refused != "" {
-		return fmt.Errorf("the host refuses this guest: %s", w.Refused)
+	if w.refused != "" {
+		return fmt.Errorf("the host refuses this guest: %s", w.refused)
 	}
-	return applyWelcome(&w)
+	return applyWelcome(w)
 }
 
-func applyWelcome(w *api.Welcome) error {
+// welcome is an api.Welcome.
+type welcome struct {
+	refused, hostname string
+	time              time.Time // zero if there is none
+	seed              []byte
+}
+
+// decodeWelcome reads what api.WriteMessage sends for an api.Welcome. Like
+// encodeHello it does without the protobuf package.
+func decodeWelcome(r io.Reader) (*welcome, error) {
+	b, err := api.ReadFrame(r)
+	if err != nil {
+		return nil, err
+	}
+	w := &welcome{}
+	err = eachField(b, func(n protowire.Number, value []byte, _ uint64) error {
+		switch n {
+		case 1:
+			w.refused = string(value)
+		case 2:
+			var sec, nsec uint64 // google.protobuf.Timestamp
+			err := eachField(value, func(n protowire.Number, _ []byte, v uint64) error {
+				switch n {
+				case 1:
+					sec = v
+				case 2:
+					nsec = v
+				}
+				return nil
+			})
+			if nsec >= uint64(time.Second) {
+				return fmt.Errorf("time with %d nanoseconds", nsec)
+			}
+			w.time = time.Unix(int64(sec), int64(nsec))
+			return err
+		case 3:
+			w.seed = value
+		case 4:
+			w.hostname = string(value)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("decode message of %d bytes: %w", len(b), err)
+	}
+	return w, nil
+}
+
+// eachField calls f for the fields of a message that are bytes or varints, with
+// one or the other.
+func eachField(b []byte, f func(n protowire.Number, value []byte, varint uint64) error) error {
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		var value []byte
+		var varint uint64
+		switch kind {
+		case protowire.BytesType:
+			value, n = protowire.ConsumeBytes(b)
+		case protowire.VarintType:
+			varint, n = protowire.ConsumeVarint(b)
+		default:
+			if n = protowire.ConsumeFieldValue(number, kind, b); n >= 0 {
+				b = b[n:]
+				continue
+			}
+		}
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		b = b[n:]
+		if err := f(number, value, varint); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func applyWelcome(w *welcome) error {
 	var errs []error
-	if w.Time.IsValid() {
-		errs = append(errs, clock.Set(w.Time.AsTime()))
+	if !w.time.IsZero() {
+		errs = append(errs, clock.Set(w.time))
 	}
-	if len(w.Seed) > 0 {
-		errs = append(errs, entropy.Add(w.Seed))
+	if len(w.seed) > 0 {
+		errs = append(errs, entropy.Add(w.seed))
 	}
-	if w.Hostname != "" {
-		if err := unix.Sethostname([]byte(w.Hostname)); err != nil {
-			errs = append(errs, fmt.Errorf("set host name %q: %w", w.Hostname, err))
+	if w.hostname != "" {
+		if err := unix.Sethostname([]byte(w.hostname)); err != nil {
+			errs = append(errs, fmt.Errorf("set host name %q: %w", w.hostname, err))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
