@@ -102,13 +102,13 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 		args = append(args, "acpi=off") // else it complains
 	}
 	if s.Accelerator == hypervisor.TCG {
-		args = append(args, emulationArguments(b, h)...)
+		args = append(args, emulationArguments(b, h, s)...)
 	}
 	return append(args, s.Cmdline...)
 }
 
 // emulationArguments returns what the kernel must know of an emulated CPU.
-func emulationArguments(b Binary, h host) []string {
+func emulationArguments(b Binary, h host, s *hypervisor.Spec) []string {
 	// Emulated code does not speculate. Patching every lock prefix, return and
 	// indirect branch to be faster costs more than a boot can win back;
 	// noreplace-thunks is the tuned kernel's.
@@ -125,6 +125,16 @@ func emulationArguments(b Binary, h host) []string {
 		// watchdog, which compares it with jiffies, takes a vCPU that
 		// had to wait for a broken counter.
 		args = append(args, "tsc_early_khz="+strconv.FormatUint(h.TSCKHz, 10), "tsc=reliable")
+	}
+	if len(s.Shares) > 0 {
+		// TCG drops the translation of code that the guest overwrites, and
+		// does not see what virtiofsd, another process, writes into the
+		// guest's memory: a program read into a page that held code before
+		// would run as that code. A page that the guest's CPU zeroes when
+		// it allocates it has no translation left by then. Without this
+		// most containers die with QEMU 10, by SIGSEGV or SIGILL; it costs
+		// no measurable time.
+		args = append(args, "init_on_alloc=1")
 	}
 	if b.Version.before(8, 0) {
 		// QEMU before 8.0 emulates cmpxchg16b by stopping all vCPUs, and
