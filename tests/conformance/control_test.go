@@ -7,11 +7,7 @@ import (
 	"syscall"
 	"testing"
 
-	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/containerd/api/types/task"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 )
 
 func (s *shim) kill(signal syscall.Signal, all bool) {
@@ -91,26 +87,6 @@ func TestExitCodes(t *testing.T) {
 	wg.Wait()
 }
 
-func TestPauseAndMetrics(t *testing.T) {
-	s := newShim(t, args("sleep", "1000"))
-	s.mustCreate(nil, false)
-	s.mustStart("")
-	if _, err := s.task.Pause(s.call(), &taskapi.PauseRequest{ID: s.id}); err != nil {
-		t.Fatal(err)
-	}
-	checkState(t, s, task.Status_PAUSED)
-	waitFor(t, s.events, func(e *eventsapi.TaskPaused) bool { return e.ContainerID == s.id })
-	if _, err := s.task.Resume(s.call(), &taskapi.ResumeRequest{ID: s.id}); err != nil {
-		t.Fatal(err)
-	}
-	checkState(t, s, task.Status_RUNNING)
-	waitFor(t, s.events, func(e *eventsapi.TaskResumed) bool { return e.ContainerID == s.id })
-	got, err := s.task.Stats(s.call(), &taskapi.StatsRequest{ID: s.id})
-	if err != nil || !strings.HasSuffix(got.GetStats().GetTypeUrl(), "io.containerd.cgroups.v2.Metrics") {
-		t.Errorf("Stats = %v, %v; want cgroup v2 metrics", got.GetStats().GetTypeUrl(), err)
-	}
-}
-
 // Each error keeps the container alive, and has the words that clients match.
 func TestExecErrors(t *testing.T) {
 	s := newShim(t, args("sleep", "1000"))
@@ -138,34 +114,5 @@ func TestExecErrors(t *testing.T) {
 	}
 	if out, _, _ := s.exec("alive", "echo", "yes"); out != "yes\n" {
 		t.Errorf("exec after errors = %q; want yes", out)
-	}
-}
-
-func TestErrorKinds(t *testing.T) {
-	s := newShim(t, args("sleep", "1000"))
-	if _, err := s.task.Start(s.call(), &taskapi.StartRequest{ID: s.id}); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
-		t.Errorf("Start before Create = %v; want not found", err)
-	}
-	s.mustCreate(nil, false)
-	if _, err := s.create(nil, false); !errdefs.IsAlreadyExists(errgrpc.ToNative(err)) {
-		t.Errorf("second Create = %v; want already exists", err)
-	}
-	s.mustStart("")
-	if _, err := s.task.Delete(s.call(), &taskapi.DeleteRequest{ID: s.id}); err == nil {
-		t.Error("Delete of a running container = nil; want an error")
-	}
-	if _, err := s.task.Checkpoint(s.call(), &taskapi.CheckpointTaskRequest{ID: s.id}); !errdefs.IsNotImplemented(errgrpc.ToNative(err)) {
-		t.Errorf("Checkpoint = %v; want not implemented", err)
-	}
-	if _, err := s.task.Kill(s.call(), &taskapi.KillRequest{ID: s.id, ExecID: "none", Signal: 9}); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
-		t.Errorf("Kill of an unknown exec = %v; want not found", err)
-	}
-	s.kill(syscall.SIGKILL, false)
-	s.wait("")
-	if err := s.addExec("late", nil, false, "true"); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
-		t.Errorf("Exec after exit = %v; want failed precondition", err)
-	}
-	if _, err := s.task.Kill(s.call(), &taskapi.KillRequest{ID: s.id, Signal: 9}); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
-		t.Errorf("Kill after exit = %v; want not found", err)
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -92,36 +91,6 @@ func (s *shim) findVM() int {
 func filepathBase(cmdline []byte) []byte {
 	arg, _, _ := bytes.Cut(cmdline, []byte{0})
 	return arg[bytes.LastIndexByte(arg, '/')+1:]
-}
-
-func TestVMKilled(t *testing.T) {
-	s := newShim(t, args("sleep", "1000"))
-	st := newStreams(t, false, false)
-	s.mustCreate(st, false)
-	s.mustStart("")
-	if err := s.addExec("e", nil, false, "sleep", "1000"); err != nil {
-		t.Fatal(err)
-	}
-	s.mustStart("e")
-	if err := syscall.Kill(s.findVM(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	if got := s.wait(""); got != 137 {
-		t.Errorf("exit status = %d; want 137", got)
-	}
-	if got := s.wait("e"); got != 137 {
-		t.Errorf("exit status of the exec = %d; want 137", got)
-	}
-	waitFor(t, s.events, func(e *eventsapi.TaskExit) bool { return e.ContainerID == s.id && e.ID == s.id && e.ExitStatus == 137 })
-	// The streams end, and everything answers as of a dead container.
-	_ = st.out.String()
-	if err := s.addExec("late", nil, false, "true"); err == nil {
-		t.Error("Exec in a dead virtual machine = nil; want an error")
-	}
-	s.delete("e")
-	if d := s.delete(""); d.ExitStatus != 137 {
-		t.Errorf("Delete = status %d; want 137", d.ExitStatus)
-	}
 }
 
 // A guest that restarts is a dead guest: the agent, its PID 1, is gone.

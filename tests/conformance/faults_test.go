@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/task"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -224,6 +225,7 @@ func TestKilledWithStreamsOpen(t *testing.T) {
 					t.Errorf("exit status of %q = %d; want 137", id, got)
 				}
 			}
+			waitFor(t, s.events, func(e *eventsapi.TaskExit) bool { return e.ID == s.id && e.ExitStatus == 137 })
 			_, _ = st.out.String(), busy.out.String() // return when the streams have ended
 			wg.Wait()
 			for i := range 4 {
@@ -234,6 +236,9 @@ func TestKilledWithStreamsOpen(t *testing.T) {
 			}
 			if err := s.pause(); err == nil {
 				t.Error("Pause in a dead virtual machine = nil; want an error")
+			}
+			if err := s.addExec("late", nil, false, "true"); err == nil {
+				t.Error("Exec in a dead virtual machine = nil; want an error")
 			}
 			if d := s.delete(""); d.ExitStatus != 137 {
 				t.Errorf("Delete = status %d; want 137", d.ExitStatus)

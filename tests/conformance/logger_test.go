@@ -115,7 +115,7 @@ func TestOutputSizes(t *testing.T) {
 	s := newShim(t, args("sleep", "1000"))
 	s.mustCreate(nil, false)
 	s.mustStart("")
-	for _, size := range []int{0, 1, 4095, 4096, 4097, 32768, 65535, 65536, 65537, 131072, 1 << 20, 1<<20 + 1} {
+	for _, size := range []int{0, 4095, 4096, 4097, 65535, 65536, 65537, 1<<20 + 1} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			out, errs, status := s.in(t).exec(fmt.Sprintf("e%d", size), "sh", "-c",
 				fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x; head -c %d /dev/zero >&2", size, size))

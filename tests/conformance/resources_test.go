@@ -134,11 +134,14 @@ func TestUpdate(t *testing.T) {
 	if out != "Resource temporarily unavailable\n" {
 		t.Errorf("40 processes under a limit of 20 = %q; want that fork fails", out)
 	}
+	if err := c.update(&specs.LinuxResources{Pids: &specs.LinuxPids{Limit: ptr(int64(-1))}}); err != nil {
+		t.Errorf("Update without limit of pids = %v; want nil", err)
+	}
+	badUpdates(t, c)
 }
 
-func TestUpdateErrors(t *testing.T) {
-	s := newShim(t, options{})
-	c := s.running(t, options{spec: sleeper})
+// badUpdates wants an error for each of them, and the container unharmed.
+func badUpdates(t *testing.T, c *shim) {
 	other, err := typeurl.MarshalAnyToProto(&eventsapi.TaskOOM{})
 	if err != nil {
 		t.Fatal(err)
@@ -183,7 +186,7 @@ func TestUpdateErrors(t *testing.T) {
 	c.wantShell("alive", "cat /sys/fs/cgroup/memory.max", "max\n")
 }
 
-func TestStatsWhilePaused(t *testing.T) {
+func TestPauseAndStats(t *testing.T) {
 	s := newShim(t, args("sh", "-c", "while :; do echo tick; sleep 0.05; done"))
 	st := newStreams(t, false, false)
 	s.mustCreate(st, false)
@@ -192,6 +195,8 @@ func TestStatsWhilePaused(t *testing.T) {
 	if err := s.pause(); err != nil {
 		t.Fatal(err)
 	}
+	checkState(t, s, task.Status_PAUSED)
+	waitFor(t, s.events, func(e *eventsapi.TaskPaused) bool { return e.ContainerID == s.id })
 	m := s.metrics()
 	if m.Memory.Usage == 0 || m.CPU.UsageUsec == 0 || m.Pids.Current < 1 {
 		t.Errorf("Stats while paused = memory %d, cpu %d us, %d pids; want all above 0", m.Memory.Usage, m.CPU.UsageUsec, m.Pids.Current)
@@ -206,8 +211,15 @@ func TestStatsWhilePaused(t *testing.T) {
 	if err := s.resume(); err != nil {
 		t.Fatal(err)
 	}
+	checkState(t, s, task.Status_RUNNING)
+	waitFor(t, s.events, func(e *eventsapi.TaskResumed) bool { return e.ContainerID == s.id })
 	before := strings.Count(st.out.text(), "tick")
 	st.out.waitFor(t, strings.Repeat("tick\n", before+1))
+
+	_, err := s.task.Checkpoint(s.call(), &taskapi.CheckpointTaskRequest{ID: s.id})
+	if !errdefs.IsNotImplemented(errgrpc.ToNative(err)) {
+		t.Errorf("Checkpoint = %v; want not implemented", err)
+	}
 }
 
 // The size of an exec's terminal can be set before its start and after.
