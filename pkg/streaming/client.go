@@ -32,6 +32,8 @@ type client struct {
 
 	// The rest is guarded by the mu of the client's stream.
 
+	// started is true once the client has its answer.
+	started bool
 	// credit is how many bytes the client takes.
 	credit int64
 	// granted is how many bytes the client may still send.

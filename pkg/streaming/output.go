@@ -40,7 +40,7 @@ func (st *stream) reserve(n int) (*client, int) {
 	defer st.mu.Unlock()
 	for st.mode == output {
 		var pause time.Duration
-		if c := st.client; c != nil && c.credit > 0 {
+		if c := st.client; c != nil && c.started && c.credit > 0 {
 			some := min(int64(n), c.credit, maxData)
 			now := time.Now()
 			if pause = c.pause(int(some), st.limits.spacing, now); pause == 0 {

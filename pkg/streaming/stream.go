@@ -80,7 +80,7 @@ func (st *stream) begin(in bool) {
 	st.touch()
 }
 
-// enter gives the stream to a client.
+// enter gives the stream to a client, to which nothing is sent before start.
 func (st *stream) enter(c *client) {
 	st.mu.Lock()
 	old := st.client
@@ -94,6 +94,14 @@ func (st *stream) enter(c *client) {
 	if over {
 		c.finish(nil)
 	}
+}
+
+// start lets messages go to a client that has entered.
+func (st *stream) start(c *client) {
+	st.mu.Lock()
+	c.started = true
+	st.touch()
+	st.mu.Unlock()
 	st.grant()
 }
 
@@ -167,7 +175,7 @@ func (st *stream) grant() {
 	st.mu.Lock()
 	c := st.client
 	room := window - len(st.buf)
-	if c == nil || c.granted > 0 || room < window/2 || st.mode != input && st.mode != discarding {
+	if c == nil || !c.started || c.granted > 0 || room < window/2 || st.mode != input && st.mode != discarding {
 		st.mu.Unlock()
 		return
 	}

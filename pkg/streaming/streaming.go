@@ -204,11 +204,13 @@ func (s *Service) serve(ctx context.Context, srv api.TTRPCStreaming_StreamServer
 	}
 	c := newClient(ctx, srv)
 	defer s.leave(st, c)
+	// A client that has got the answer has the stream.
+	st.enter(c)
 	if err := srv.Send(acknowledgement); err != nil {
 		return err
 	}
 	go c.receive(st)
-	st.enter(c)
+	st.start(c)
 
 	expired := time.NewTimer(s.limits.wait)
 	defer expired.Stop()

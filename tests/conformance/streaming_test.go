@@ -276,6 +276,9 @@ func streamingDeafClient(t *testing.T, s *shim) {
 	if got := other.out.String(); got != "alive\n" {
 		t.Errorf("other exec wrote %q; want alive", got)
 	}
+	if got := s.wait("other"); got != 0 {
+		t.Errorf("exit status of the other = %d; want 0", got)
+	}
 	if got := s.wait("deaf"); got != 5 {
 		t.Errorf("exit status = %d; want 5", got)
 	}
