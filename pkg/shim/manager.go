@@ -132,6 +132,10 @@ func startServer(ctx context.Context, params *bootapi.BootstrapParams, l *net.Un
 	}
 	cmd := exec.Command(self, args...)
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=4")
+	if os.Getenv("GODEBUG") == "" {
+		// Nobody asks for a profile, whose table is memory of every pod.
+		cmd.Env = append(cmd.Env, "GODEBUG=memprofilerate=0")
+	}
 	// The Sandbox API has the runtime options here only.
 	for _, e := range params.GetExtensions() {
 		if path, err := configPath(e.GetValue()); err == nil && path != "" {

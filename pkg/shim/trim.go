@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -40,5 +41,7 @@ func (t *trimmer) trim() {
 	t.mu.Lock()
 	t.last = time.Now()
 	t.mu.Unlock()
+	// A sync.Pool keeps what it has through one collection.
+	runtime.GC()
 	debug.FreeOSMemory()
 }

@@ -14,9 +14,6 @@ import (
 // shimMemoryLimit is the shim's private memory that a pod may cost, in KiB.
 const shimMemoryLimit = 14 << 10
 
-// shimMemoryGivenBack is less than what a shim gives back once it is idle.
-const shimMemoryGivenBack = 128
-
 func TestShimMemory(t *testing.T) {
 	s := newShim(t, args("sleep", "1000"))
 	s.mustCreate(nil, false)
@@ -55,7 +52,7 @@ func (s *shim) checkMemory() {
 	private := privateKiB(s.t, int(c.ShimPid))
 	s.t.Logf("shim: %d KiB private, just after its requests", private)
 	deadline := time.Now().Add(40 * time.Second)
-	for busy := private; private > busy-shimMemoryGivenBack && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	for ; private > shimMemoryLimit && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		private = privateKiB(s.t, int(c.ShimPid))
 	}
 	s.t.Logf("shim: %d KiB private", private)
