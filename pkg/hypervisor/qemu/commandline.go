@@ -97,6 +97,8 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 		// A panic resets by triple fault at once, and -no-reboot turns
 		// the reset into QEMU's end.
 		"reboot=t", "panic=-1",
+		// microvm has no PCI; the kernel would say so on the console.
+		"pci=off",
 	}
 	if !needsACPI(s) {
 		args = append(args, "acpi=off") // else it complains

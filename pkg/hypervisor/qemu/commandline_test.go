@@ -171,7 +171,7 @@ func TestCommandLineLimits(t *testing.T) {
 	}
 	// QEMU's own arguments need room.
 	fits := minimal(hypervisor.KVM)
-	fits.Cmdline = []string{strings.Repeat("x", maxCmdline-len("console=ttyS0 quiet reboot=t panic=-1 "))}
+	fits.Cmdline = []string{strings.Repeat("x", maxCmdline-len("console=ttyS0 quiet reboot=t panic=-1 pci=off "))}
 	if _, _, err := commandLine(qemu7, host{}, &fits, testFiles()); err != nil {
 		t.Errorf("commandLine() with %d arguments = %v; want none", maxCmdline, err)
 	}

@@ -1,0 +1,242 @@
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmrt/vmrt/tests/env"
+	"github.com/vmrt/vmrt/tests/env/image"
+)
+
+// serve is a web server that answers with its pod's name.
+const serve = "mkdir /srv; hostname > /srv/index.html; exec httpd -f -p 8080 -h /srv"
+
+// ips returns the addresses that CRI knows of the pod.
+func (p *pod) ips() (all []string) {
+	p.t.Helper()
+	var s struct {
+		Status struct {
+			Network struct {
+				IP            string
+				AdditionalIps []struct{ IP string }
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(p.crictl("inspectp", p.ID)), &s); err != nil {
+		p.t.Fatalf("crictl inspectp: %v", err)
+	}
+	all = append(all, s.Status.Network.IP)
+	for _, a := range s.Status.Network.AdditionalIps {
+		all = append(all, a.IP)
+	}
+	return all
+}
+
+// url is of a server at an address of either family.
+func url(ip string, port int) string {
+	if strings.Contains(ip, ":") {
+		ip = "[" + ip + "]"
+	}
+	return fmt.Sprintf("http://%s:%d/", ip, port)
+}
+
+// fetch gets a page on the host, as soon as somebody serves it.
+func fetch(t *testing.T, e *env.Env, url string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(env.Context(t), patience)
+	defer cancel()
+	for {
+		out, err := e.Command(ctx, "busybox", "wget", "-T", "5", "-qO-", url).Run()
+		if err == nil {
+			return strings.TrimSpace(out)
+		}
+		select {
+		case <-ctx.Done():
+			t.Errorf("get %s on the host: %v", url, err)
+			return ""
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// fetchFrom gets a page in a container.
+func (p *pod) fetchFrom(id, url string) string {
+	p.t.Helper()
+	return p.sh(id, fmt.Sprintf("i=0; until wget -T 5 -qO- '%s'; do i=$((i+1)); [ $i -lt 50 ] || exit 1; sleep 0.2; done", url))
+}
+
+// setCNI replaces the environment's network for pods that are made from now on.
+func setCNI(t *testing.T, e *env.Env, plugins ...env.Object) {
+	t.Helper()
+	dir := filepath.Join(e.Dir, "cni.d")
+	old, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(env.Object{"cniVersion": "1.0.0", "name": t.Name()[strings.LastIndex(t.Name(), "/")+1:], "plugins": plugins})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(old[0], b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	restart(t, e)
+}
+
+// ipam hands out addresses of both families.
+func ipam(t *testing.T, n int) env.Object {
+	return env.Object{
+		"type": "host-local", "dataDir": t.TempDir(),
+		"ranges": [][]env.Object{{{"subnet": fmt.Sprintf("10.9%d.0.0/16", n)}}, {{"subnet": fmt.Sprintf("fd00:9%d::/64", n)}}},
+		"routes": []env.Object{{"dst": "0.0.0.0/0"}, {"dst": "::/0"}},
+	}
+}
+
+// TestNetwork has pods on the networks that real CNI plugins make.
+func TestNetwork(t *testing.T) {
+	e := start(t, "podsandbox")
+	ctx := env.Context(t)
+	// macvlan needs something to be on.
+	if _, err := e.Command(ctx, "ip", "link", "add", "uplink", "type", "veth", "peer", "name", "outside").Run(); err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range []string{
+		"ip link set uplink up", "ip link set outside up", "ip addr add 10.93.255.1/16 dev outside", "ip addr add fd00:93::ffff/64 dev outside nodad",
+	} {
+		if _, err := e.Command(ctx, "sh", "-c", cmd).Run(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if _, err := e.Command(context.Background(), "ip", "link", "del", "uplink").Run(); err != nil {
+			t.Error(err)
+		}
+	})
+	for n, plugins := range map[int][]env.Object{
+		1: {{"type": "bridge", "bridge": "test1", "isGateway": true, "hairpinMode": true, "ipMasq": true, "ipam": ipam(t, 1)},
+			{"type": "portmap", "capabilities": env.Object{"portMappings": true}}},
+		2: {{"type": "ptp", "mtu": 1400, "ipam": ipam(t, 2)}},
+		3: {{"type": "macvlan", "master": "uplink", "mode": "bridge", "ipam": ipam(t, 3)}},
+		4: {{"type": "bridge", "bridge": "test4", "isGateway": true, "mtu": 9000, "ipam": ipam(t, 4)}},
+	} {
+		t.Run(fmt.Sprint(plugins[0]["type"], n), func(t *testing.T) {
+			setCNI(t, e, plugins...)
+			testNetwork(t, e, plugins)
+		})
+	}
+}
+
+func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
+	config := env.Object{"hostname": "one"}
+	mapped := len(plugins) > 1
+	if mapped {
+		config["port_mappings"] = []env.Object{{"protocol": 0, "container_port": 8080, "host_port": 18080}}
+	}
+	one, two := runPod(t, e, "one", config), runPod(t, e, "two", env.Object{"hostname": "two"})
+	server, client := one.run("server", serve), two.run("client", "sleep 1000")
+	addresses := one.ips()
+	if len(addresses) != 2 {
+		t.Fatalf("addresses of the pod = %q; want one of each family", addresses)
+	}
+	for _, ip := range addresses {
+		// A macvlan's own host is the only one that cannot reach it.
+		if got := fetch(t, e, url(ip, 8080)); got != "one" {
+			t.Errorf("host gets %q of %s; want one", got, ip)
+		}
+		if got := two.fetchFrom(client, url(ip, 8080)); got != "one" {
+			t.Errorf("other pod gets %q of %s; want one", got, ip)
+		}
+	}
+	if got := one.sh(server, "wget -qO- http://127.0.0.1:8080/"); got != "one" {
+		t.Errorf("the pod itself gets %q; want one", got)
+	}
+	// UDP, by way of a message and its echo.
+	echo := one.run("echo", "exec nc -u -l -p 7000 -e cat")
+	_ = echo
+	if got := two.sh(client, fmt.Sprintf("i=0; until echo hello | nc -u -w 1 %s 7000 | grep hello; do i=$((i+1)); [ $i -lt 20 ] || exit 1; done", addresses[0])); got != "hello" {
+		t.Errorf("UDP echo = %q; want hello", got)
+	}
+	if mtu, ok := plugins[0]["mtu"]; ok {
+		if got := one.sh(server, "cat /sys/class/net/eth0/mtu"); got != fmt.Sprint(mtu) {
+			t.Errorf("MTU = %s; want %v", got, mtu)
+		}
+	}
+	if mapped {
+		if got := fetch(t, e, url(addressOfHost(t, e), 18080)); got != "one" {
+			t.Errorf("host port gives %q; want one", got)
+		}
+	}
+}
+
+// addressOfHost returns an address of the environment that is not loopback.
+func addressOfHost(t *testing.T, e *env.Env) string {
+	t.Helper()
+	out, err := e.Command(env.Context(t), "sh", "-c", "ip -4 -o addr show dev test1 | sed 's/.*inet \\([0-9.]*\\).*/\\1/'").Run()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(out)
+}
+
+// TestPortForward reaches servers that listen on the pod's loopback alone.
+func TestPortForward(t *testing.T) {
+	inModes(t, func(t *testing.T, e *env.Env) {
+		p := runPod(t, e, "pod", nil)
+		p.run("v4", "mkdir /srv; echo four > /srv/index.html; exec httpd -f -p 127.0.0.1:8080 -h /srv")
+		p.run("v6", "mkdir /srv; echo six > /srv/index.html; exec httpd -f -p '[::1]:8081' -h /srv")
+		forward := e.Crictl(env.Context(t), "port-forward", p.ID, "18080:8080", "18081:8081")
+		if err := forward.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			forward.Cancel()
+			forward.Wait()
+		}()
+		if got := fetch(t, e, "http://127.0.0.1:18080/"); got != "four" {
+			t.Errorf("port-forward to 127.0.0.1 = %q; want four", got)
+		}
+		if got := fetch(t, e, "http://127.0.0.1:18081/"); got != "six" {
+			t.Errorf("port-forward to ::1 = %q; want six", got)
+		}
+	})
+}
+
+// TestSize has virtual machines as large as their pods' limits.
+func TestSize(t *testing.T) {
+	inModes(t, func(t *testing.T, e *env.Env) {
+		p := runPod(t, e, "large", env.Object{"linux": env.Object{
+			"cgroup_parent": "/vmrt-test-pod",
+			"resources":     env.Object{"cpu_period": 100000, "cpu_quota": 150000, "memory_limit_in_bytes": 600 << 20},
+		}})
+		id, err := p.Pod.Run(p.ctx, "one", image.BusyboxName, env.Object{
+			"command": []string{"sleep", "1000"},
+			"linux":   env.Object{"resources": env.Object{"memory_limit_in_bytes": 64 << 20}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.sh(id, "nproc"); got != "2" {
+			t.Errorf("nproc = %s; want 2", got)
+		}
+		var kib int
+		if _, err := fmt.Sscanf(p.sh(id, "grep MemTotal /proc/meminfo"), "MemTotal: %d kB", &kib); err != nil || kib < 600<<10 || kib > 700<<10 {
+			t.Errorf("memory = %d KiB, %v; want the limit and little more", kib, err)
+		}
+		if got := p.sh(id, "cat /sys/fs/cgroup/memory.max"); got != fmt.Sprint(64<<20) {
+			t.Errorf("the container's limit = %s; want 64 MiB", got)
+		}
+		p.crictl("update", "--memory", fmt.Sprint(96<<20), id)
+		if got := p.sh(id, "cat /sys/fs/cgroup/memory.max"); got != fmt.Sprint(96<<20) {
+			t.Errorf("the container's limit = %s; want 96 MiB", got)
+		}
+		if got := p.crictl("statsp", "--id", p.ID, "-o", "json"); !strings.Contains(got, "workingSetBytes") {
+			t.Errorf("pod's statistics = %s; want its memory", got)
+		}
+	})
+}
