@@ -112,10 +112,11 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 // emulationArguments returns what the kernel must know of an emulated CPU.
 func emulationArguments(b Binary, h host, s *hypervisor.Spec) []string {
 	// Emulated code does not speculate. Patching every lock prefix, return and
-	// indirect branch to be faster costs more than a boot can win back;
-	// noreplace-thunks is the tuned kernel's.
+	// indirect branch to be faster costs more than a boot can win back.
+	// noreplace-thunks is the tuned kernel's; others hand it on to PID 1, in
+	// its environment thanks to the "=1", rather than as an argument.
 	args := []string{
-		"mitigations=off", "noreplace-smp", "noreplace-thunks",
+		"mitigations=off", "noreplace-smp", "noreplace-thunks=1",
 		// The rate of QEMU's local APIC timer (hw/intc/apic.c), for
 		// kernels that can be told it rather than measuring for a tenth
 		// of a second; others hand it on to PID 1's environment.
