@@ -48,6 +48,9 @@ func TestBootKinds(t *testing.T) {
 			m.share(t)
 			r := m.report(t)
 			checkReport(t, r)
+			if kind == guest.Tuned { // the others load modules when asked to
+				checkXtables(t, r)
+			}
 			manifest, err := guest.Load(m.dir)
 			if err != nil {
 				t.Fatal(err)
@@ -98,6 +101,29 @@ func checkReport(t *testing.T, r *report.Report) {
 	}
 	if r.Clock != "tsc" && r.Clock != "kvm-clock" {
 		t.Errorf("clock source %q; want tsc or kvm-clock", r.Clock)
+	}
+}
+
+// checkXtables looks for what service meshes, kube-proxy and VPN sidecars do with
+// iptables.
+func checkXtables(t *testing.T, r *report.Report) {
+	t.Helper()
+	for _, family := range []string{"ip", "ip6"} {
+		for what, names := range map[string]string{
+			"targets": "REDIRECT TPROXY MASQUERADE DNAT SNAT NETMAP REJECT LOG NFLOG NFQUEUE MARK CONNMARK CT SET TCPMSS DSCP CLASSIFY",
+			"matches": "conntrack state owner addrtype multiport comment set mark connmark statistic limit hashlimit connlimit " +
+				"recent socket cgroup bpf ipvs physdev policy string u32 mac length time tcp udp icmp rpfilter",
+		} {
+			file := family + "_tables_" + what
+			for name := range strings.FieldsSeq(names) {
+				if family == "ip6" && name == "icmp" {
+					name = "icmp6"
+				}
+				if !slices.Contains(r.Xtables[file], name) {
+					t.Errorf("%s has no %s", file, name)
+				}
+			}
+		}
 	}
 }
 

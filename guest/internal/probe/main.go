@@ -52,6 +52,7 @@ func run() error {
 	r.Late = load("/lib/vmrt/modules.late")
 	r.Drivers = drivers()
 	r.FileSystems = fileSystems()
+	r.Xtables = xtables()
 	for name, try := range attempts {
 		r.Works[name] = text(try())
 	}
@@ -100,6 +101,16 @@ func fileSystems() []string {
 		names = append(names, strings.TrimSpace(strings.TrimPrefix(l, "nodev")))
 	}
 	return names
+}
+
+// xtables returns the matches and targets of iptables and ip6tables.
+func xtables() map[string][]string {
+	found := make(map[string][]string)
+	files, _ := filepath.Glob("/proc/net/ip*_tables_*") // the pattern is well-formed
+	for _, f := range files {
+		found[filepath.Base(f)] = strings.Fields(read(f))
+	}
+	return found
 }
 
 // attempts are things that the agent and containers do.

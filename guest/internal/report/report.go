@@ -19,6 +19,8 @@ type Report struct {
 	// Drivers are by virtio device type: "0x0013" is vsock.
 	Drivers     map[string]string
 	FileSystems []string
+	// Xtables are what /proc/net lists of iptables, by file: "ip_tables_targets".
+	Xtables map[string][]string
 	// Works has an empty string for each thing that works, else the reason.
 	Works       map[string]string
 	Controllers []string
