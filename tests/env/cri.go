@@ -109,6 +109,19 @@ func (e *Env) Listen(network, address string) (l net.Listener, err error) {
 	return l, nil
 }
 
+// Dial connects to an address in the environment's network.
+func (e *Env) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	err = e.ns.onNetwork(func() (err error) {
+		// One address, so that the calling thread is the one that connects.
+		conn, err = (&net.Dialer{FallbackDelay: -1}).DialContext(ctx, network, address)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s within the environment: %w", address, err)
+	}
+	return conn, nil
+}
+
 // writeMirror makes url the mirror of all registries.
 func (e *Env) writeMirror(url string) error {
 	dir := filepath.Join(e.Dir, "certs.d", "_default")
