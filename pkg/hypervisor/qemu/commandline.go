@@ -3,6 +3,7 @@ package qemu
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -82,9 +83,10 @@ func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os
 // takes a transport: those of the spec, the random generator and the balloon.
 func transports(s *hypervisor.Spec) int { return 1 + len(s.NICs) + len(s.Shares) + 2 }
 
-// needsACPI reports whether the guest must find its devices by ACPI.
+// needsACPI reports whether the guest must find its devices by ACPI. QEMU tells
+// of them behind all arguments, where those behind "--" are init's.
 func needsACPI(s *hypervisor.Spec) bool {
-	return !s.CmdlineDevices || transports(s) > maxTransportsSansACPI
+	return !s.CmdlineDevices || transports(s) > maxTransportsSansACPI || slices.Contains(s.Cmdline, "--")
 }
 
 // kernelArguments returns the kernel's command line: what the machine needs
@@ -97,8 +99,6 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 		// A panic resets by triple fault at once, and -no-reboot turns
 		// the reset into QEMU's end.
 		"reboot=t", "panic=-1",
-		// microvm has no PCI; the kernel would say so on the console.
-		"pci=off",
 	}
 	if !needsACPI(s) {
 		args = append(args, "acpi=off") // else it complains

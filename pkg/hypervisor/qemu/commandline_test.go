@@ -60,6 +60,8 @@ func TestCommandLine(t *testing.T) {
 	for range 2 { // one more device than there are transports without ACPI
 		crowded.NICs = append(crowded.NICs, crowded.NICs[0])
 	}
+	initArguments := minimal(hypervisor.TCG)
+	initArguments.CmdlineDevices, initArguments.Cmdline = true, []string{"--", "read"}
 	tests := map[string]struct {
 		binary Binary
 		host   host
@@ -74,6 +76,7 @@ func TestCommandLine(t *testing.T) {
 		"kvm-full":            {qemu10, host{}, full(hypervisor.KVM), testFiles()},
 		"tcg-without-seccomp": {noSandbox, host{TSCKHz: 2299998}, minimal(hypervisor.TCG), testFiles()},
 		"tcg-without-acpi":    {qemu7, host{TSCKHz: 2299998}, sansACPI, testFiles()},
+		"tcg-init-arguments":  {qemu7, host{TSCKHz: 2299998}, initArguments, testFiles()},
 		"kvm-many-devices":    {qemu10, host{}, crowded, testFiles()},
 	}
 	for name, tt := range tests {
@@ -171,7 +174,7 @@ func TestCommandLineLimits(t *testing.T) {
 	}
 	// QEMU's own arguments need room.
 	fits := minimal(hypervisor.KVM)
-	fits.Cmdline = []string{strings.Repeat("x", maxCmdline-len("console=ttyS0 quiet reboot=t panic=-1 pci=off "))}
+	fits.Cmdline = []string{strings.Repeat("x", maxCmdline-len("console=ttyS0 quiet reboot=t panic=-1 "))}
 	if _, _, err := commandLine(qemu7, host{}, &fits, testFiles()); err != nil {
 		t.Errorf("commandLine() with %d arguments = %v; want none", maxCmdline, err)
 	}
