@@ -118,7 +118,8 @@ func ipam(t *testing.T, n int) env.Object {
 	}
 }
 
-// TestNetwork has pods on the networks that real CNI plugins make.
+// TestNetwork has pods on the networks that real CNI plugins make. Package
+// network's own tests have what a frame can be: UDP, and sizes.
 func TestNetwork(t *testing.T) {
 	e := start(t, "podsandbox")
 	ctx := env.Context(t)
@@ -176,12 +177,6 @@ func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
 	if got := one.fetchFrom(server, "127.0.0.1"); got != "one" {
 		t.Errorf("the pod itself gets %q; want one", got)
 	}
-	// UDP, by way of a message and its echo.
-	echo := one.run("echo", "exec nc -u -l -p 7000 -e cat")
-	_ = echo
-	if got := two.sh(client, fmt.Sprintf("i=0; until echo hello | nc -u -w 1 %s 7000 | grep hello; do i=$((i+1)); [ $i -lt 20 ] || exit 1; done", addresses[0])); got != "hello" {
-		t.Errorf("UDP echo = %q; want hello", got)
-	}
 	if mtu, ok := plugins[0]["mtu"]; ok {
 		if got := one.sh(server, "cat /sys/class/net/eth0/mtu"); got != fmt.Sprint(mtu) {
 			t.Errorf("MTU = %s; want %v", got, mtu)
@@ -192,6 +187,12 @@ func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
 			t.Errorf("host port gives %q; want one", got)
 		}
 	}
+}
+
+// awaitListener returns once a TCP port is listened on in the pod.
+func (p *pod) awaitListener(id string, port int) {
+	p.t.Helper()
+	p.sh(id, fmt.Sprintf("i=0; until cat /proc/net/tcp /proc/net/tcp6 | grep -q ':%04X .* 0A '; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.1; done", port))
 }
 
 // addressOfHost returns an address of the environment that is not loopback.
@@ -208,8 +209,11 @@ func addressOfHost(t *testing.T, e *env.Env) string {
 func TestPortForward(t *testing.T) {
 	inModes(t, func(t *testing.T, e *env.Env) {
 		p := runPod(t, e, "pod", nil)
-		p.run("v4", "mkdir /srv; echo four > /srv/index.html; exec httpd -f -p 127.0.0.1:8080 -h /srv")
-		p.run("v6", "mkdir /srv; echo six > /srv/index.html; exec httpd -f -p '[::1]:8081' -h /srv")
+		v4 := p.run("v4", "mkdir /srv; echo four > /srv/index.html; exec httpd -f -p 127.0.0.1:8080 -h /srv")
+		v6 := p.run("v6", "mkdir /srv; echo six > /srv/index.html; exec httpd -f -p '[::1]:8081' -h /srv")
+		// crictl gives up on the first connection that fails.
+		p.awaitListener(v4, 8080)
+		p.awaitListener(v6, 8081)
 		forward := e.Crictl(env.Context(t), "port-forward", p.ID, "18080:8080", "18081:8081")
 		if err := forward.Start(); err != nil {
 			t.Fatal(err)
