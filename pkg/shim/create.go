@@ -46,6 +46,7 @@ func (r rollback) run(ctx context.Context) {
 // Create makes a container, and with the first one the virtual machine.
 func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *taskapi.CreateTaskResponse, err error) {
 	defer s.memory.soon()
+	phases := startPhases()
 	var undo rollback
 	defer func() {
 		if err != nil {
@@ -58,9 +59,10 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		return nil, errgrpc.ToGRPC(refuse(err))
 	}
 	undo.add(func(context.Context) { s.forget(c) })
-	if err := s.create(ctx, c, r, &undo); err != nil {
+	if err := s.create(ctx, c, r, &undo, phases); err != nil {
 		return nil, errgrpc.ToGRPC(refuse(err))
 	}
+	phases.log(ctx, "container created", c.id)
 	return &taskapi.CreateTaskResponse{Pid: c.pid()}, nil
 }
 
@@ -116,7 +118,7 @@ func (s *service) forget(c *container) {
 
 // create brings the container to the state "created". What it does on the host
 // runs beside the boot of the virtual machine.
-func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTaskRequest, undo *rollback) error {
+func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTaskRequest, undo *rollback, phases *phases) error {
 	sb, first, err := s.ensureSandbox(c, r.Options)
 	if err != nil {
 		return err
@@ -155,13 +157,16 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 	}
 	c.init.setIO(io)
 	undo.add(func(context.Context) { io.Close() })
+	phases.end("host")
 
 	if err := s.waitBoot(ctx); err != nil {
 		return err
 	}
+	phases.end("boot")
 	if !c.isPod {
 		err = s.createInGuest(ctx, sb, c, io, undo)
 	}
+	phases.end("guest")
 	if err != nil {
 		return err
 	}

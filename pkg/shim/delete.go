@@ -94,6 +94,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 		return fmt.Errorf("container %s is being deleted: %w", c.id, errdefs.ErrUnavailable)
 	}
 	defer c.endDelete()
+	phases := startPhases()
 
 	for _, p := range c.processes() {
 		if p != c.init {
@@ -111,6 +112,7 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 		_, err = sb.Agent().RemoveBundle(ctx, &api.RemoveBundleRequest{Id: c.id})
 		return err
 	})
+	phases.end("guest")
 	c.releasePid()
 	if err := c.removeFiles(); err != nil {
 		return fmt.Errorf("delete container %s: %w", c.id, err)
@@ -118,6 +120,8 @@ func (s *service) deleteContainer(ctx context.Context, c *container) error {
 	s.runPoststop(ctx, c)
 	s.forget(c)
 	s.saveState()
+	phases.end("host")
+	phases.log(ctx, "container deleted", c.id)
 	_, status, exitedAt := c.init.snapshot()
 	s.events.send(&eventstypes.TaskDelete{
 		ContainerID: c.id, Pid: c.pid(), ExitStatus: status, ExitedAt: timestamppb.New(exitedAt),

@@ -45,9 +45,9 @@ func (s *service) addExec(r *taskapi.ExecProcessRequest) error {
 	}
 	switch c.status(c.init) {
 	case statusStopped:
-		return fmt.Errorf("cannot exec in a stopped state: %w", errdefs.ErrFailedPrecondition)
+		return errdefs.ErrFailedPrecondition.WithMessage("cannot exec in a stopped state")
 	case statusPaused, statusPausing:
-		return fmt.Errorf("cannot exec in a paused state: %w", errdefs.ErrFailedPrecondition)
+		return errdefs.ErrFailedPrecondition.WithMessage("cannot exec in a paused state")
 	case task.Status_UNKNOWN:
 		return fmt.Errorf("container not created: %w", errdefs.ErrFailedPrecondition)
 	}
@@ -90,6 +90,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	}
 	ctx, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()
+	phases := startPhases()
 	pid := c.pid()
 	if p == c.init {
 		err = s.startInit(ctx, sb, c)
@@ -100,6 +101,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		p.startFailed()
 		return nil, errgrpc.ToGRPC(err)
 	}
+	phases.log(ctx, "process started", c.id)
 	return &taskapi.StartResponse{Pid: pid}, nil
 }
 

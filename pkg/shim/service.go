@@ -241,8 +241,11 @@ func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*em
 	}
 	// containerd runs `shim delete` once this has returned: by then nothing
 	// shall be left for it.
+	phases := startPhases()
 	if err := s.stopSandbox(ctx); err != nil {
 		log.G(ctx).WithError(err).Error("stop sandbox")
+	} else {
+		phases.log(ctx, "sandbox stopped", r.ID)
 	}
 	s.shutdown.Shutdown()
 	return empty, nil
