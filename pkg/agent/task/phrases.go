@@ -23,6 +23,8 @@ var (
 	notOpened     = lazy("open executable: (permission denied|operation not permitted)")
 	// noCwd is its message for a working directory that cannot be entered.
 	noCwd = lazy("chdir `([^`]*)`: ")
+	// notNamespaced is its message for a sysctl that is not a container's own.
+	notNamespaced = lazy("the sysctl `([^`]*)` is not namespaced")
 )
 
 func lazy(pattern string) func() *regexp.Regexp {
@@ -51,6 +53,7 @@ func rephraseText(s string) string {
 	})
 	s = notExecutable().ReplaceAllString(s, `exec: "$1": permission denied`)
 	s = notOpened().ReplaceAllString(s, "exec: permission denied")
+	s = notNamespaced().ReplaceAllString(s, `sysctl "$1" is not in a separate kernel namespace`)
 	return noCwd().ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)
 }
 

@@ -31,6 +31,10 @@ func TestRephrase(t *testing.T) {
 			"OCI runtime exec failed: chdir `/no`: No such file or directory",
 			`OCI runtime exec failed: chdir to cwd ("/no") set in config.json failed: no such file or directory`,
 		},
+		{
+			"OCI runtime create failed: the sysctl `kernel.x` is not namespaced",
+			`OCI runtime create failed: sysctl "kernel.x" is not in a separate kernel namespace`,
+		},
 		{"error stat'ing file `/x`: No such file or directory", "error stat'ing file `/x`: no such file or directory"},
 		{"exec format: Exec format error", "exec format: exec format error"},
 		{"container not created", "container not created"},
