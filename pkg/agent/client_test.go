@@ -188,12 +188,12 @@ func runcOptions() *anypb.Any {
 }
 
 // stdio is the URLs of a process's streams and whether it has a terminal.
-type stdio struct {
+type streams struct {
 	in, out, err string
 	terminal     bool
 }
 
-func (c *container) create(s stdio) error {
+func (c *container) create(s streams) error {
 	_, err := c.task.Create(testContext(c.t), &taskapi.CreateTaskRequest{
 		ID: c.id, Bundle: api.BundlePath(c.id), Options: runcOptions(),
 		Stdin: s.in, Stdout: s.out, Stderr: s.err, Terminal: s.terminal,
@@ -204,7 +204,7 @@ func (c *container) create(s stdio) error {
 	return err
 }
 
-func (c *container) mustCreate(s stdio) {
+func (c *container) mustCreate(s streams) {
 	c.t.Helper()
 	if err := c.create(s); err != nil {
 		c.t.Fatalf("Create(%s) = %v", c.id, err)
@@ -250,7 +250,7 @@ func (c *container) delete(exec string) uint32 {
 }
 
 // exec adds a process and returns its id.
-func (c *container) exec(s stdio, args []string, edits ...func(*specs.Process)) string {
+func (c *container) exec(s streams, args []string, edits ...func(*specs.Process)) string {
 	c.t.Helper()
 	p := baseSpec(c.id, args).Process
 	p.Terminal = s.terminal
@@ -276,7 +276,7 @@ func (c *container) exec(s stdio, args []string, edits ...func(*specs.Process)) 
 func (c *container) output(args ...string) (string, uint32) {
 	c.t.Helper()
 	url, conn := c.stream(c.t)
-	id := c.exec(stdio{out: url}, args)
+	id := c.exec(streams{out: url}, args)
 	c.start(id)
 	b, err := io.ReadAll(conn)
 	if err != nil {
@@ -292,7 +292,7 @@ func (c *container) output(args ...string) (string, uint32) {
 func (c *client) running(t testing.TB, edits ...func(*specs.Spec)) *container {
 	t.Helper()
 	ctr := c.prepare(t, []string{"sleep", "1000"}, edits...)
-	ctr.mustCreate(stdio{})
+	ctr.mustCreate(streams{})
 	ctr.start("")
 	return ctr
 }

@@ -50,7 +50,7 @@ func serveLoopback(t testing.TB, v *virtual) (reports *bufio.Reader) {
 	} {
 		url, out := c.stream(t)
 		ctr := c.prepare(t, args)
-		ctr.mustCreate(stdio{out: url})
+		ctr.mustCreate(streams{out: url})
 		ctr.start("")
 		reports = bufio.NewReader(out)
 		if s, err := reports.ReadString('\n'); s != "ready\n" {

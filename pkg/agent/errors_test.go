@@ -30,7 +30,7 @@ func testExecErrors(t *testing.T, c *client) {
 			if edit == nil {
 				edit = func(*specs.Process) {}
 			}
-			id := ctr.exec(stdio{out: url}, tt.args, edit)
+			id := ctr.exec(streams{out: url}, tt.args, edit)
 			ctx := testContext(t)
 			_, err := c.task.Start(ctx, &taskapi.StartRequest{ID: ctr.id, ExecID: id})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -67,7 +67,7 @@ func testCreateErrors(t *testing.T, c *client) {
 		t.Run(tt.name, func(t *testing.T) {
 			url, out := c.stream(t)
 			ctr := c.prepare(t, []string{"true"}, tt.edit)
-			err := ctr.create(stdio{out: url})
+			err := ctr.create(streams{out: url})
 			if err == nil { // some runtimes find out at start only
 				_, err = c.task.Start(testContext(t), &taskapi.StartRequest{ID: ctr.id})
 			} else if b, err := io.ReadAll(out); len(b) > 0 || err != nil {

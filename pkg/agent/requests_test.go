@@ -167,7 +167,7 @@ func testNothingIsLeft(t *testing.T, c *client) {
 		// the collector has run.
 		inURL, in := c.stream(t)
 		outURL, out := c.stream(t)
-		id := ctr.exec(stdio{in: inURL, out: outURL}, []string{"sh", "-c",
+		id := ctr.exec(streams{in: inURL, out: outURL}, []string{"sh", "-c",
 			"read x; ls -l /proc/1/fd | grep -v pidfd | wc -l; ls /proc/1/root/run/vmrt/io /proc/1/root/run/vmrt/bundles | wc -l"})
 		ctr.start(id)
 		io.WriteString(in, "go\n")

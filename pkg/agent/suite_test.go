@@ -67,7 +67,7 @@ func smoke(t *testing.T, m machine) {
 func testLifecycle(t *testing.T, c *client) {
 	url, out := c.stream(t)
 	ctr := c.prepare(t, []string{"sh", "-c", "echo hello from $(hostname); exit 7"})
-	ctr.mustCreate(stdio{out: url})
+	ctr.mustCreate(streams{out: url})
 	ctx := testContext(t)
 	state := func() *taskapi.StateResponse {
 		s, err := c.task.State(ctx, &taskapi.StateRequest{ID: ctr.id})
@@ -103,7 +103,7 @@ func isKind(err error, is func(error) bool) bool { return err != nil && is(errgr
 func testEvents(t *testing.T, c *client) {
 	events := c.events(t)
 	ctr := c.running(t)
-	id := ctr.exec(stdio{}, []string{"sh", "-c", "exit 3"})
+	id := ctr.exec(streams{}, []string{"sh", "-c", "exit 3"})
 	ctr.start(id)
 	ctr.wait(id)
 	ctr.delete(id)
@@ -173,7 +173,7 @@ func testEcho(t *testing.T, c *client) {
 	inURL, in := c.stream(t)
 	outURL, out := c.stream(t)
 	ctr := c.prepare(t, []string{"cat"})
-	ctr.mustCreate(stdio{in: inURL, out: outURL})
+	ctr.mustCreate(streams{in: inURL, out: outURL})
 	ctr.start("")
 	data := noise(size)
 	begin := time.Now()
@@ -197,7 +197,7 @@ func testBurst(t *testing.T, c *client) {
 	const size = 8 << 20
 	url, out := c.stream(t)
 	ctr := c.prepare(t, []string{"sh", "-c", "head -c 8388608 /dev/zero; echo end"})
-	ctr.mustCreate(stdio{out: url})
+	ctr.mustCreate(streams{out: url})
 	ctr.start("")
 	read := make(chan []byte, 1)
 	go func() {
@@ -223,7 +223,7 @@ func testExec(t *testing.T, c *client) {
 	inURL, in := c.stream(t)
 	outURL, out := c.stream(t)
 	errURL, errs := c.stream(t)
-	id := ctr.exec(stdio{in: inURL, out: outURL, err: errURL}, []string{"sh", "-c", "tr a-z A-Z; echo oops >&2"})
+	id := ctr.exec(streams{in: inURL, out: outURL, err: errURL}, []string{"sh", "-c", "tr a-z A-Z; echo oops >&2"})
 	ctr.start(id)
 	io.WriteString(in, "shout")
 	in.CloseWrite()
@@ -261,7 +261,7 @@ func testParallelExecs(t *testing.T, c *client) {
 func testBackgroundChild(t *testing.T, c *client) {
 	ctr := c.running(t)
 	url, out := c.stream(t)
-	id := ctr.exec(stdio{out: url}, []string{"sh", "-c", "(read x < /tmp/go; echo late) & echo early"}, func(*specs.Process) {})
+	id := ctr.exec(streams{out: url}, []string{"sh", "-c", "(read x < /tmp/go; echo late) & echo early"}, func(*specs.Process) {})
 	if _, status := ctr.output("mkfifo", "/tmp/go"); status != 0 {
 		t.Fatal("mkfifo")
 	}
@@ -287,7 +287,7 @@ func testHostDoesNotRead(t *testing.T, c *client) {
 	ctr := c.running(t)
 	url, _ := c.stream(t)
 	// What the pipes hold, then the end.
-	id := ctr.exec(stdio{out: url}, []string{"sh", "-c", "head -c 65536 /dev/zero; exit 4"})
+	id := ctr.exec(streams{out: url}, []string{"sh", "-c", "head -c 65536 /dev/zero; exit 4"})
 	ctr.start(id)
 	if got := ctr.wait(id); got != 4 {
 		t.Errorf("status = %d; want 4", got)
@@ -302,7 +302,7 @@ func testTerminal(t *testing.T, c *client) {
 	ctr := c.running(t)
 	inURL, in := c.stream(t)
 	outURL, out := c.stream(t)
-	id := ctr.exec(stdio{in: inURL, out: outURL, terminal: true}, []string{"sh", "-c", "tty; read x; stty size; exit 5"})
+	id := ctr.exec(streams{in: inURL, out: outURL, terminal: true}, []string{"sh", "-c", "tty; read x; stty size; exit 5"})
 	ctr.start(id)
 	ctx := testContext(t)
 	if _, err := c.task.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: ctr.id, ExecID: id, Width: 132, Height: 43}); err != nil {
@@ -330,7 +330,7 @@ func testTerminalStdin(t *testing.T, c *client) {
 	ctr := c.running(t)
 	inURL, in := c.stream(t)
 	outURL, _ := c.stream(t)
-	id := ctr.exec(stdio{in: inURL, out: outURL, terminal: true}, []string{"true"})
+	id := ctr.exec(streams{in: inURL, out: outURL, terminal: true}, []string{"true"})
 	ctr.start(id)
 	ctr.wait(id)
 	ctr.delete(id)
@@ -345,7 +345,7 @@ func testStdinBeforeStart(t *testing.T, c *client) {
 	for _, size := range []int{0, 1, 100 << 10} {
 		inURL, in := c.stream(t)
 		outURL, out := c.stream(t)
-		id := ctr.exec(stdio{in: inURL, out: outURL}, []string{"wc", "-c"})
+		id := ctr.exec(streams{in: inURL, out: outURL}, []string{"wc", "-c"})
 		in.Write(noise(size))
 		in.CloseWrite()
 		ctr.start(id)
@@ -359,7 +359,7 @@ func testStdinBeforeStart(t *testing.T, c *client) {
 
 func testKillAndPids(t *testing.T, c *client) {
 	ctr := c.running(t)
-	id := ctr.exec(stdio{}, []string{"sleep", "1000"})
+	id := ctr.exec(streams{}, []string{"sleep", "1000"})
 	ctr.start(id)
 	ctx := testContext(t)
 	pids, err := c.task.Pids(ctx, &taskapi.PidsRequest{ID: ctr.id})

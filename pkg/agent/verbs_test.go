@@ -156,7 +156,7 @@ func testOutOfMemory(t *testing.T, c *client) {
 	ctr := c.prepare(t, []string{"dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"}, func(s *specs.Spec) {
 		s.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(16 << 20)), Swap: ptr(int64(16 << 20))}}
 	})
-	ctr.mustCreate(stdio{})
+	ctr.mustCreate(streams{})
 	ctr.start("")
 	if got := ctr.wait(""); got != 128+9 {
 		t.Errorf("status = %d; want %d", got, 128+9)
