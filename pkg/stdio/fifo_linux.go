@@ -80,6 +80,7 @@ func openFile(path string) (*fileInput, error) {
 	}
 	in := &fileInput{r: r}
 	if h.fifo {
+		widen(r)
 		if in.writer, err = h.hold(unix.O_WRONLY); err != nil {
 			r.Close()
 			return nil, err
@@ -146,7 +147,16 @@ func openOutput(ctx context.Context, path string) (output, error) {
 		w.Close()
 		return nil, err
 	}
+	widen(w)
 	return files{w, r}, nil
+}
+
+// widen asks for a FIFO of fifoSize. The kernel allocates it as it fills, and
+// a smaller one, where it refuses, works as well.
+func widen(f *os.File) {
+	if rc, err := f.SyscallConn(); err == nil {
+		rc.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, fifoSize) })
+	}
 }
 
 // awaitReader opens the FIFO for writing as soon as it has a reader. There is

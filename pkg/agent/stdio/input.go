@@ -130,8 +130,15 @@ func (i *input) open() (*os.File, error) {
 	return fifo, nil
 }
 
-// feed copies until the host's half-close.
+// feed moves bytes until the host's half-close.
 func (i *input) feed(pipe *os.File) error {
+	if ok, err := spliceFrom(i.conn, pipe); ok {
+		return err
+	}
+	return i.copy(pipe)
+}
+
+func (i *input) copy(pipe *os.File) error {
 	src, err := newSource(i.conn)
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 )
 
 // output carries one of stdout and stderr: process → pipe → connection. The
@@ -131,12 +132,22 @@ func (o *output) run() {
 	o.discard()
 }
 
-// deliver copies to the host until the pipe ends or, after end, is empty.
+// deliver moves bytes to the host until the pipe ends or, after end, is empty.
 func (o *output) deliver() error {
 	src, err := newSource(o.pipe)
 	if err != nil {
 		return err
 	}
+	if canSpliceOut() {
+		err := o.splice(src)
+		if err != unix.EINVAL {
+			return err
+		}
+	}
+	return o.copy(src)
+}
+
+func (o *output) copy(src source) error {
 	for {
 		buf, n, err := src.next()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -144,6 +155,29 @@ func (o *output) deliver() error {
 		}
 		if err := o.send(buf, n, err); err != nil {
 			return ignoreEOF(err)
+		}
+	}
+}
+
+// splice is deliver without a copy through this program. EINVAL means that the
+// kernel cannot do it, and that nothing is lost.
+func (o *output) splice(src source) error {
+	conn, err := o.conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	for {
+		err := awaitBytes(src.rc)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return o.sweep(src)
+		}
+		if err != nil {
+			return err
+		}
+		o.extend()
+		n, err := spliceOut(src.rc, conn)
+		if err != nil || n == 0 {
+			return err
 		}
 	}
 }

@@ -1,0 +1,132 @@
+package stdio
+
+import (
+	"fmt"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// spliceSize is what one splice moves at most.
+const spliceSize = 256 << 10
+
+// spliceFrom moves bytes from a connection into a pipe without a copy through
+// this program: without hardware virtualisation copies are what limits a
+// stream. It returns nil at the connection's end. ok is false, and nothing was
+// moved, where the kernel cannot do it.
+func spliceFrom(conn, pipe syscall.Conn) (ok bool, err error) {
+	src, err := conn.SyscallConn()
+	if err != nil {
+		return true, err
+	}
+	dst, err := pipe.SyscallConn()
+	if err != nil {
+		return true, err
+	}
+	for {
+		n, full, err := spliceOnce(src, dst)
+		switch {
+		case full:
+			if err := awaitRoom(dst); err != nil {
+				return true, err
+			}
+			continue
+		case err == unix.EINVAL && !ok:
+			return false, nil
+		case err != nil:
+			return true, err
+		case n == 0:
+			return true, nil
+		}
+		ok = true
+	}
+}
+
+// spliceOnce waits until src has bytes and moves some. full says that the pipe
+// has no room for them.
+func spliceOnce(src, dst syscall.RawConn) (n int64, full bool, err error) {
+	waitErr := src.Read(func(fd uintptr) bool {
+		ctlErr := dst.Control(func(pipe uintptr) {
+			n, err = splice(int(fd), int(pipe))
+			if err == unix.EAGAIN {
+				full = !writable(int(pipe))
+			}
+		})
+		if ctlErr != nil {
+			err = ctlErr
+		}
+		return err != unix.EAGAIN || full
+	})
+	if waitErr != nil {
+		return 0, false, waitErr
+	}
+	return n, full, err
+}
+
+// awaitRoom returns when the pipe can be written to, or its reader is gone,
+// which the next splice tells.
+func awaitRoom(pipe syscall.RawConn) error {
+	return pipe.Write(func(fd uintptr) bool { return writable(int(fd)) })
+}
+
+// awaitBytes returns when the pipe can be read from, or has ended.
+func awaitBytes(pipe syscall.RawConn) error {
+	return pipe.Read(func(fd uintptr) bool { return readable(int(fd)) })
+}
+
+// spliceOut moves what a pipe holds to a connection, and waits until that takes
+// some. n is 0 at the pipe's end. awaitBytes must have returned.
+func spliceOut(pipe, conn syscall.RawConn) (n int64, err error) {
+	waitErr := conn.Write(func(fd uintptr) bool {
+		ctlErr := pipe.Control(func(pipe uintptr) {
+			n, err = splice(int(pipe), int(fd))
+		})
+		if ctlErr != nil {
+			err = ctlErr
+		}
+		return err != unix.EAGAIN
+	})
+	if waitErr != nil {
+		return 0, waitErr
+	}
+	return n, err
+}
+
+func splice(from, to int) (n int64, err error) {
+	for {
+		n, err = unix.Splice(from, nil, to, nil, spliceSize, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// canSpliceOut reports whether the kernel sends many pages of a pipe in one
+// packet, as Linux does since 6.5 (net: splice_to_socket). Before that each page
+// is a packet of its own, which costs more than the copy.
+var canSpliceOut = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var major, minor int
+	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return n == 2 && (major > 6 || major == 6 && minor >= 5)
+})
+
+// readable reports whether a read from fd would not have to wait.
+func readable(fd int) bool { return ready(fd, unix.POLLIN) }
+
+// writable reports whether a write to fd would not have to wait.
+func writable(fd int) bool { return ready(fd, unix.POLLOUT) }
+
+func ready(fd int, events int16) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		n, err := unix.Poll(p, 0)
+		if err != unix.EINTR {
+			return err != nil || n > 0
+		}
+	}
+}

@@ -1,0 +1,121 @@
+package stdio
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// connPair returns the agent's and the host's end of a stream.
+func connPair(t *testing.T) (agent, host *net.UnixConn) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "stream")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		conns[i] = c.(*net.UnixConn)
+	}
+	return conns[0], conns[1]
+}
+
+// TestWaysToMove moves the same bytes by splice and by the copy that kernels
+// get which cannot: all of them arrive, through a pipe and a reader that are
+// slower than the writer.
+func TestWaysToMove(t *testing.T) {
+	data := noise(3 << 20)
+	for _, tt := range []struct {
+		name string
+		in   func(*input, *os.File) error
+		out  func(*output, source) error
+	}{
+		{"splice", (*input).feed, (*output).splice},
+		{"copy", (*input).copy, (*output).copy},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Run("in", func(t *testing.T) {
+				agent, host := connPair(t)
+				r, w, err := os.Pipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer r.Close()
+				go func() {
+					host.Write(data)
+					host.CloseWrite()
+				}()
+				fed := make(chan error, 1)
+				go func() {
+					fed <- tt.in(&input{conn: agent}, w)
+					w.Close()
+				}()
+				check(t, r, data)
+				if err := <-fed; err != nil {
+					t.Errorf("feed: %v; want nil at the host's half-close", err)
+				}
+			})
+			t.Run("in without a reader", func(t *testing.T) {
+				agent, host := connPair(t)
+				r, w, err := os.Pipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Close()
+				r.Close()
+				host.Write(data[:1])
+				if err := tt.in(&input{conn: agent}, w); err == nil {
+					t.Error("feed of a process that has closed its stdin = nil; want an error")
+				}
+			})
+			t.Run("out", func(t *testing.T) {
+				agent, host := connPair(t)
+				r, w, err := os.Pipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer r.Close()
+				go func() {
+					w.Write(data)
+					w.Close()
+				}()
+				src, err := newSource(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				delivered := make(chan error, 1)
+				go func() {
+					delivered <- tt.out(&output{conn: agent, pipe: r}, src)
+					agent.CloseWrite()
+				}()
+				check(t, host, data)
+				if err := <-delivered; err != nil {
+					t.Errorf("deliver: %v; want nil at the pipe's end", err)
+				}
+			})
+		})
+	}
+}
+
+// check reads slowly at first, so that whoever writes has to wait.
+func check(t *testing.T, r io.Reader, want []byte) {
+	t.Helper()
+	time.Sleep(20 * time.Millisecond)
+	got, err := io.ReadAll(r)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes arrived, %v; want the %d that were sent", len(got), err, len(want))
+	}
+}
