@@ -36,11 +36,18 @@ func binDir(t testing.TB) string {
 // start runs a containerd of this branch with the busybox image in it.
 func start(t testing.TB, branch string, tools ...string) *env.Env {
 	t.Helper()
+	return startWith(t, env.Config{Containerd: branch, Tools: tools})
+}
+
+// startWith is start with any configuration.
+func startWith(t testing.TB, cfg env.Config) *env.Env {
+	t.Helper()
 	env.NeedProgram(t, "busybox")
 	if _, err := platform.QEMU(); err != nil {
 		env.SkipOrFail(t, "%v", err)
 	}
-	e := env.ForTest(t, env.Config{Containerd: branch, BinDirs: []string{binDir(t)}, Tools: tools, VMRT: platform.Settings("")})
+	cfg.BinDirs, cfg.VMRT = []string{binDir(t)}, platform.Settings("")
+	e := env.ForTest(t, cfg)
 	img, err := image.Busybox()
 	if err != nil {
 		t.Fatal(err)
@@ -90,6 +97,29 @@ func testCtr(t *testing.T, branch string) {
 		t.Errorf("run of a missing program = %v; want runc's words", err)
 	}
 	testCtrDetached(ctx, t, e)
+	testCtrTerminal(ctx, t, e)
+}
+
+// testCtrTerminal is `ctr run -t`, and a task to which ctr attaches later.
+func testCtrTerminal(ctx context.Context, t *testing.T, e *env.Env) {
+	t.Helper()
+	cmd := e.Ctr(ctx, "run", "--rm", "-t", "--runtime", runtimeName, busybox, "tty", "sh")
+	term, err := cmd.StartTerminal(33, 99)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer term.Close()
+	at, err := term.Expect(0, "# ", terminalTimeout)
+	if err != nil {
+		t.Fatal(err)
+	}
+	term.Type("stty size; exit 8\n")
+	if _, err := term.Expect(at, "33 99", terminalTimeout); err != nil {
+		t.Error(err)
+	}
+	if got := env.ExitCode(cmd.Wait()); got != 8 {
+		t.Errorf("exit code = %d; want 8", got)
+	}
 }
 
 // testCtrDetached takes a container that runs in the background through ctr's
@@ -121,6 +151,13 @@ func testCtrDetached(ctx context.Context, t *testing.T, e *env.Env) {
 	}
 	if got := run("task", "ps", "web"); len(strings.Fields(got)) < 3 {
 		t.Errorf("task ps = %q; want a pid", got)
+	}
+	_, err := e.Ctr(ctx, "container", "checkpoint", "--task", "web", "checkpoint:latest").Run()
+	if err == nil || !strings.Contains(err.Error(), "not supported in a virtual machine") {
+		t.Errorf("checkpoint = %v; want an error that it is not supported", err)
+	}
+	if got := run("task", "exec", "--exec-id", "e2", "web", "echo", "alive"); got != "alive\n" {
+		t.Errorf("exec after a refused checkpoint printed %q; want alive", got)
 	}
 	run("task", "delete", "--force", "web")
 	run("container", "delete", "web")

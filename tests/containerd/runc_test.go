@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,12 +12,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/vmrt/vmrt/tests/env"
-	"github.com/vmrt/vmrt/tests/env/image"
 )
+
+const runcName = "io.containerd.runc.v2"
 
 // outcome is what a user sees of a command.
 type outcome struct {
@@ -30,113 +33,53 @@ type outcome struct {
 // scenario is a list of commands that must look the same under runc and vmrt.
 type scenario struct {
 	name string
-	// steps are nerdctl command lines; RUN stands for `run` with the runtime
-	// under test and its usual flags.
+	// steps are command lines of the client. In each argument DIR stands for a
+	// folder with a few files. The first argument may be
+	//
+	//	RUN, CREATE  run or create with the runtime under test and the usual flags
+	//	UNTIL OUT    the rest, again and again until its output is OUT
+	//	SH           a line for the shell, in which RUN is as above
 	steps [][]string
 }
 
-var scenarios = []scenario{
-	{"output", [][]string{{"RUN", "--rm", image.BusyboxName, "sh", "-c", "echo out; echo err >&2"}}},
-	{"exit code", [][]string{{"RUN", "--rm", image.BusyboxName, "sh", "-c", "exit 42"}}},
-	{"missing program", [][]string{{"RUN", "--rm", image.BusyboxName, "no-such-program"}}},
-	{"user and groups", [][]string{{"RUN", "--rm", "--user", "1002:1002", "--group-add", "50000", image.BusyboxName, "id"}}},
-	{"bad user", [][]string{{"RUN", "--rm", "--user", "nobody-here", image.BusyboxName, "id"}}},
-	{"workdir", [][]string{{"RUN", "--rm", "--workdir", "/tmp/new", image.BusyboxName, "pwd"}}},
-	{"env and hostname", [][]string{{"RUN", "--rm", "--hostname", "box", "-e", "A=b c", image.BusyboxName, "sh", "-c", "echo $A; hostname"}}},
-	{"capabilities", [][]string{{"RUN", "--rm", "--cap-drop", "ALL", "--cap-add", "NET_RAW", image.BusyboxName, "grep", "Cap", "/proc/self/status"}}},
-	{"default capabilities", [][]string{{"RUN", "--rm", image.BusyboxName, "grep", "Cap[IPEB]", "/proc/self/status"}}},
-	{"no new privileges", [][]string{{"RUN", "--rm", "--security-opt", "no-new-privileges", image.BusyboxName, "grep", "NoNewPrivs", "/proc/self/status"}}},
-	{"seccomp", [][]string{{"RUN", "--rm", image.BusyboxName, "grep", "Seccomp:", "/proc/self/status"}}},
-	{"seccomp unconfined", [][]string{{"RUN", "--rm", "--security-opt", "seccomp=unconfined", image.BusyboxName, "grep", "Seccomp:", "/proc/self/status"}}},
-	{"read-only root", [][]string{{"RUN", "--rm", "--read-only", image.BusyboxName, "touch", "/file"}}},
-	{"tmpfs", [][]string{{"RUN", "--rm", "--tmpfs", "/t:size=1m,mode=1770", image.BusyboxName, "sh", "-c", "stat -c %a /t; df -k /t | tail -1 | awk '{print $2}'"}}},
-	{"shm size", [][]string{{"RUN", "--rm", "--shm-size", "8m", image.BusyboxName, "sh", "-c", "df -k /dev/shm | tail -1 | awk '{print $2}'"}}},
-	{"ulimit", [][]string{{"RUN", "--rm", "--ulimit", "nofile=123:456", image.BusyboxName, "sh", "-c", "ulimit -n; ulimit -Hn"}}},
-	{"sysctl", [][]string{{"RUN", "--rm", "--sysctl", "kernel.shmmax=12345", image.BusyboxName, "cat", "/proc/sys/kernel/shmmax"}}},
-	{"masked path", [][]string{{"RUN", "--rm", image.BusyboxName, "sh", "-c", "wc -c < /proc/keys; echo x > /proc/sysrq-trigger"}}},
-	{"pids", [][]string{{"RUN", "--rm", image.BusyboxName, "sh", "-c", "echo $$"}}},
-	{"exec", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sleep", "1000"},
-		{"exec", "box", "echo", "hi"},
-		{"exec", "box", "sh", "-c", "exit 7"},
-		{"exec", "box", "no-such-program"},
-		{"exec", "box", "/etc/passwd"},
-		{"exec", "--workdir", "/nowhere", "box", "pwd"},
-		{"exec", "--user", "1002", "box", "id", "-u"},
-		{"exec", "box", "echo", "alive"},
-		{"rm", "-f", "box"},
-	}},
-	{"stop", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"},
-		{"stop", "box"},
-		{"inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "box"},
-		{"rm", "box"},
-	}},
-	{"kill", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sleep", "1000"},
-		{"kill", "-s", "KILL", "box"},
-		{"wait", "box"},
-		{"inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "box"},
-		{"rm", "box"},
-	}},
-	{"pause", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sleep", "1000"},
-		{"pause", "box"},
-		{"inspect", "-f", "{{.State.Status}}", "box"},
-		{"unpause", "box"},
-		{"inspect", "-f", "{{.State.Status}}", "box"},
-		{"rm", "-f", "box"},
-	}},
-	{"restart", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo run >> /runs; wc -l < /runs; exec sleep 1000"},
-		{"restart", "-t", "0", "box"},
-		{"exec", "box", "wc", "-l", "/runs"},
-		{"rm", "-f", "box"},
-	}},
-	{"commit", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo made > /made; sleep 1000"},
-		{"exec", "box", "sh", "-c", "until [ -e /made ]; do sleep 0.1; done"},
-		{"commit", "box", "committed:latest"},
-		{"rm", "-f", "box"},
-		{"RUN", "--rm", "committed:latest", "cat", "/made"},
-		{"rmi", "-f", "committed:latest"},
-	}},
-	{"cp", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sleep", "1000"},
-		{"cp", "DIR/in", "box:/tmp/in"},
-		{"exec", "box", "cat", "/tmp/in"},
-		{"exec", "box", "sh", "-c", "echo from the container > /tmp/out"},
-		{"cp", "box:/tmp/out", "DIR/out"},
-		{"rm", "-f", "box"},
-	}},
-	{"logs", [][]string{
-		{"RUN", "-d", "--name", "box", image.BusyboxName, "sh", "-c", "echo one; echo two; exit 5"},
-		{"wait", "box"},
-		{"logs", "box"},
-		{"rm", "box"},
-	}},
+// client is a program that talks to containerd.
+type client struct {
+	name string
+	// flags are those of run and create beside --runtime.
+	flags []string
 }
 
-// random are the parts of an output that differ from run to run.
-var random = regexp.MustCompile(`[0-9a-f]{64}`)
-
-// phrases are what clients look for in errors.
-var phrases = []string{
-	"executable file not found in $PATH", "permission denied", "no such file or directory", "unable to find user",
-	"no users found", "Read-only file system",
-}
+var (
+	nerdctl = client{"nerdctl", []string{"--net", "none"}}
+	ctr     = client{name: "ctr"}
+)
 
 // TestSameAsRunc shows the same commands to runc and to vmrt.
 func TestSameAsRunc(t *testing.T) {
 	e := start(t, "2.4", "runc", "nerdctl", "cni")
+	for _, group := range []struct {
+		name      string
+		client    client
+		scenarios []scenario
+	}{
+		{"nerdctl", nerdctl, nerdctlScenarios},
+		{"nerdctl options", nerdctl, nerdctlOptions},
+		{"nerdctl commands", nerdctl, nerdctlCommands},
+		{"ctr", ctr, ctrScenarios},
+	} {
+		t.Run(group.name, func(t *testing.T) { group.client.compare(t, e, group.scenarios) })
+	}
+}
+
+func (c client) compare(t *testing.T, e *env.Env, scenarios []scenario) {
 	for _, sc := range scenarios {
 		t.Run(sc.name, func(t *testing.T) {
 			ctx := env.Context(t)
-			want := sc.play(ctx, t, e, "io.containerd.runc.v2")
+			want := c.play(ctx, t, e, sc, runcName)
 			if len(sc.steps) > 1 && want[0].Code != 0 {
 				t.Fatal("the scenario does not work with runc")
 			}
-			got := sc.play(ctx, t, e, runtimeName)
+			got := c.play(ctx, t, e, sc, runtimeName)
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("runc (-) and vmrt (+) differ:\n%s", diff)
 			}
@@ -144,42 +87,135 @@ func TestSameAsRunc(t *testing.T) {
 	}
 }
 
-func (sc scenario) play(ctx context.Context, t *testing.T, e *env.Env, runtime string) []outcome {
+// files are what DIR holds.
+var files = map[string]string{
+	"in":         "from the host\n",
+	"env":        "FROM_FILE=yes\n",
+	"tree/a/f":   "f\n",
+	"tree/a/run": "#!/bin/sh\n",
+	"seccomp.json": `{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+		{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}]}`,
+}
+
+func (c client) play(ctx context.Context, t *testing.T, e *env.Env, sc scenario, runtime string) []outcome {
 	t.Helper()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "in"), []byte("from the host\n"), 0o644); err != nil {
-		t.Fatal(err)
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var all []outcome
 	for _, step := range sc.steps {
-		args := slices.Clone(step)
-		for i := range args {
-			args[i] = strings.Replace(args[i], "DIR", dir, 1)
-		}
-		if step[0] == "RUN" {
-			args = append([]string{"run", "--runtime", runtime, "--net", "none"}, args[1:]...)
-		}
-		var stdout, stderr bytes.Buffer
-		cmd := e.Nerdctl(ctx, args...)
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		err := cmd.Cmd.Run()
-		var exit *exec.ExitError
-		if err != nil && !errors.As(err, &exit) {
-			t.Fatalf("nerdctl %v: %v", args, err)
-		}
-		o := outcome{Stdout: random.ReplaceAllString(stdout.String(), "ID"), Code: env.ExitCode(err)}
-		if err != nil {
-			for _, p := range phrases {
-				if strings.Contains(stderr.String(), p) {
-					o.Phrase = p
-				}
-			}
-		}
-		t.Logf("%s: nerdctl %s: code %d, stdout %q, stderr %q", runtime, strings.Join(args, " "), o.Code, o.Stdout, stderr.String())
-		all = append(all, o)
+		all = append(all, c.step(ctx, t, e, step, runtime, dir))
 	}
 	if out, err := os.ReadFile(filepath.Join(dir, "out")); err == nil {
 		all = append(all, outcome{Stdout: string(out)})
 	}
-	return all
+	return append(all, outcome{Stdout: fmt.Sprintf("clients left FIFOs of %d processes", removeFIFOs(t, e))})
+}
+
+// removeFIFOs removes the folders of FIFOs that clients have left, as they do
+// for processes that they do not wait for, and returns their number.
+func removeFIFOs(t *testing.T, e *env.Env) int {
+	t.Helper()
+	left, err := filepath.Glob(e.Path("/run/containerd/fifo/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range left {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	}
+	return len(left)
+}
+
+// stepTimeout is for one command on a busy machine, untilTimeout for what
+// happens by itself.
+const (
+	stepTimeout  = time.Minute
+	untilTimeout = 90 * time.Second
+)
+
+func (c client) step(ctx context.Context, t *testing.T, e *env.Env, step []string, runtime, dir string) outcome {
+	t.Helper()
+	args := slices.Clone(step)
+	for i := range args {
+		args[i] = strings.ReplaceAll(args[i], "DIR", dir)
+	}
+	with := append([]string{"--runtime", runtime}, c.flags...)
+	name := c.name
+	switch args[0] {
+	case "RUN":
+		args = append(append([]string{"run"}, with...), args[1:]...)
+	case "CREATE":
+		args = append(append([]string{"create"}, with...), args[1:]...)
+	case "SH":
+		name = "sh"
+		args = []string{"-c", strings.ReplaceAll(strings.ReplaceAll(args[1], "$RUNTIME", runtime), "RUN", "run "+strings.Join(with, " "))}
+	case "UNTIL":
+		return c.until(ctx, t, e, args[1], args[2:], runtime, dir)
+	}
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	var stdout, stderr bytes.Buffer
+	cmd := e.Command(ctx, name, args...)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Cmd.Run()
+	var exit *exec.ExitError
+	if ctx.Err() != nil || err != nil && !errors.As(err, &exit) {
+		t.Fatalf("%s %v: %v", name, args, err)
+	}
+	for _, usage := range []string{"Incorrect Usage", "unknown flag", "unknown shorthand flag", "unknown command"} {
+		if strings.Contains(stderr.String(), usage) {
+			t.Fatalf("%s %v: %s", name, args, stderr.String())
+		}
+	}
+	if strings.Contains(stderr.String(), "init binary") {
+		env.SkipOrFail(t, "needs Debian's tini: %s", stderr.String())
+	}
+	out := strings.ReplaceAll(stdout.String(), dir, "DIR")
+	o := outcome{Stdout: random.ReplaceAllString(out, "ID"), Code: env.ExitCode(err)}
+	if err != nil {
+		for _, p := range phrases {
+			if strings.Contains(stderr.String(), p) {
+				o.Phrase = p
+			}
+		}
+	}
+	t.Logf("%s: %s %s: code %d, stdout %q, stderr %q", runtime, name, strings.Join(args, " "), o.Code, o.Stdout, stderr.String())
+	return o
+}
+
+// until repeats a command: clients have no event for what it waits for.
+func (c client) until(ctx context.Context, t *testing.T, e *env.Env, want string, step []string, runtime, dir string) outcome {
+	t.Helper()
+	deadline := time.Now().Add(untilTimeout)
+	for {
+		o := c.step(ctx, t, e, step, runtime, dir)
+		if o.Code == 0 && o.Stdout == want || time.Now().After(deadline) {
+			return o
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatal(ctx.Err())
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+}
+
+// random are the parts of an output that differ from run to run.
+var random = regexp.MustCompile(`[0-9a-f]{64}`)
+
+// phrases are what clients look for in errors. The last that is found counts.
+var phrases = []string{
+	"executable file not found in $PATH", "permission denied", "no such file or directory", "unable to find user",
+	"no users found", "Read-only file system", "is already used by", "no such container", "already exists",
+	"not running", "is not in a separate kernel namespace", "cannot exec in a paused state", "Operation not supported", "not found",
+	"can't fork: Resource temporarily unavailable",
 }
