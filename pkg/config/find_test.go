@@ -61,6 +61,7 @@ func TestGuest(t *testing.T) {
 		want := Guest{
 			Kind: tt.want, Kernel: filepath.Join(tt.dir, tt.want, "vmlinux"),
 			Initrd: filepath.Join(tt.dir, tt.want, "initramfs.cpio"), Manifest: filepath.Join(tt.dir, tt.want, "guest.json"),
+			CmdlineDevices: tt.want == guest.Tuned,
 		}
 		if diff := cmp.Diff(want, g); diff != "" {
 			t.Errorf("Guest(%s, %s) (-want +got):\n%s", tt.kernel, tt.dir, diff)
