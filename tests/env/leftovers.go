@@ -178,7 +178,7 @@ func (e *Env) kept(inside string, dir bool) bool {
 	patterns := []string{"/run/vmrt/.cache/*"}
 	if dir {
 		patterns = []string{
-			"/run", "/run/vmrt", "/run/vmrt/.cache", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
+			"/run", "/run/nerdctl", "/run/nerdctl/*", "/run/vmrt", "/run/vmrt/.cache", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
 			e.Dir + "/*/io.containerd.*", e.Dir + "/*/io.containerd.*/*", // */* is a containerd namespace
 		}
 	}
