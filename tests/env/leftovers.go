@@ -175,10 +175,11 @@ func (e *Env) addFiles(s snapshot) error {
 // kept tells what runtimes, containerd and its clients make once and keep:
 // folders that are empty now, and what was found out about the host.
 func (e *Env) kept(inside string, dir bool) bool {
-	patterns := []string{"/run/vmrt/.cache/*"}
+	// nerdctl leaves the name of a process that it has ended, with every runtime.
+	patterns := []string{"/run/vmrt/.cache/*", "/run/nerdctl/*/*/port-reserver.pid"}
 	if dir {
 		patterns = []string{
-			"/run", "/run/nerdctl", "/run/nerdctl/*", "/run/vmrt", "/run/vmrt/.cache", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
+			"/run", "/run/nerdctl", "/run/nerdctl/*", "/run/nerdctl/*/*", "/run/vmrt", "/run/vmrt/.cache", "/run/containerd", "/run/containerd/*", "/run/containerd/runc/*",
 			e.Dir + "/*/io.containerd.*", e.Dir + "/*/io.containerd.*/*", // */* is a containerd namespace
 		}
 	}
