@@ -11,6 +11,7 @@ import (
 	eventsapi "github.com/containerd/containerd/api/events"
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -430,6 +431,52 @@ func TestSandboxAPIErrors(t *testing.T) {
 	// Stopped while it boots.
 	if _, err := api.StopSandbox(s.call(), &sandboxapi.StopSandboxRequest{SandboxID: s.id}); err != nil {
 		t.Errorf("StopSandbox of a booting sandbox = %v; want nil", err)
+	}
+}
+
+// A pod is resized within what its virtual machine was started with.
+func TestSandboxResize(t *testing.T) {
+	p := newAPIPod(t, func(c *cri.PodSandboxConfig) {
+		c.Linux.Resources = &cri.LinuxContainerResources{CpuQuota: 200000, CpuPeriod: 100000}
+	})
+	c := p.container(nil)
+	c.launch()
+	defer c.discard()
+	if got := c.out("nproc"); got != "2" {
+		t.Errorf("nproc = %s; want 2", got)
+	}
+	resize := func(resources string) error {
+		_, err := p.sandboxes().UpdateSandbox(p.call(), &sandboxapi.UpdateSandboxRequest{
+			SandboxID: p.id, Fields: []string{"extensions"},
+			Sandbox: &types.Sandbox{Extensions: map[string]*anypb.Any{
+				"updated-resources": {TypeUrl: "io.containerd.cri.v1/UpdatedResources", Value: []byte(resources)},
+			}},
+		})
+		return nativeError(err)
+	}
+	if err := resize(`{"Resources":{"cpu_period":100000,"cpu_quota":100000}}`); err != nil {
+		t.Errorf("UpdateSandbox to one CPU = %v; want nil", err)
+	}
+	if got := c.out("nproc"); got != "1" {
+		t.Errorf("nproc = %s; want 1", got)
+	}
+	if err := resize(`{"Resources":{"cpu_period":100000,"cpu_quota":200000}}`); err != nil {
+		t.Errorf("UpdateSandbox back to two CPUs = %v; want nil", err)
+	}
+	if got := c.out("nproc"); got != "2" {
+		t.Errorf("nproc = %s; want 2", got)
+	}
+	for resources, is := range map[string]func(error) bool{
+		`{"Resources":{"memory_limit_in_bytes":1073741824}}`: errdefs.IsFailedPrecondition,
+		`{"Resources":{"memory_limit_in_bytes":-7}}`:         errdefs.IsInvalidArgument,
+		`{"Resources":`: errdefs.IsInvalidArgument,
+	} {
+		if err := resize(resources); err == nil || !is(err) {
+			t.Errorf("UpdateSandbox with %s = %v; want another kind", resources, err)
+		}
+	}
+	if err := resize(`{}`); err != nil {
+		t.Errorf("UpdateSandbox without resources = %v; want nil", err)
 	}
 }
 

@@ -32,7 +32,7 @@ func start(t *testing.T, mode string) *env.Env {
 }
 
 // startCRI starts an environment with vmrt as the runtime of all pods.
-func startCRI(t *testing.T, cri env.CRI) *env.Env {
+func startCRI(t testing.TB, cri env.CRI) *env.Env {
 	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")

@@ -30,6 +30,11 @@ type Pod struct {
 // is ready. config adds to, or replaces, what the pod must have; it may be nil.
 // Names are not shared by pods that exist.
 func (e *Env) RunPod(ctx context.Context, name string, config Object) (*Pod, error) {
+	return e.RunPodOn(ctx, "", name, config)
+}
+
+// RunPodOn is RunPod with a runtime handler; empty is the default one.
+func (e *Env) RunPodOn(ctx context.Context, runtime, name string, config Object) (*Pod, error) {
 	p := &Pod{LogDir: filepath.Join(e.Dir, "pods", name), env: e}
 	if err := os.MkdirAll(p.LogDir, 0o755); err != nil {
 		return nil, err
@@ -44,7 +49,7 @@ func (e *Env) RunPod(ctx context.Context, name string, config Object) (*Pod, err
 	if p.config, err = writeJSON(p.LogDir, "pod.json", all); err != nil {
 		return nil, err
 	}
-	if p.ID, err = e.crictlID(ctx, "runp", p.config); err != nil {
+	if p.ID, err = e.crictlID(ctx, "runp", "--runtime", runtime, p.config); err != nil {
 		return nil, err
 	}
 	return p, nil
