@@ -51,8 +51,8 @@ type Config struct {
 	Vsock string
 	// Kernel is KernelAuto, guest.Tuned or guest.Stock.
 	Kernel string
-	// GuestDir, QEMU and Virtiofsd are absolute paths, or empty: to be found.
-	GuestDir, QEMU, Virtiofsd string
+	// GuestDir, QEMU, Virtiofsd and Passt are absolute paths, or empty: to be found.
+	GuestDir, QEMU, Virtiofsd, Passt string
 	// MemoryMiB and CPUs size a virtual machine.
 	MemoryMiB, CPUs int
 	// BootTimeout bounds the time from the VMM's start until the agent answers.
@@ -128,7 +128,7 @@ func (c *Config) validate() error {
 		key, value string
 		required   bool
 	}{
-		{"guest_dir", c.GuestDir, false}, {"qemu", c.QEMU, false}, {"virtiofsd", c.Virtiofsd, false}, {"state_dir", c.StateDir, true},
+		{"guest_dir", c.GuestDir, false}, {"qemu", c.QEMU, false}, {"virtiofsd", c.Virtiofsd, false}, {"passt", c.Passt, false}, {"state_dir", c.StateDir, true},
 	} {
 		if !filepath.IsAbs(p.value) && (p.value != "" || p.required) {
 			bad("%s = %q: want an absolute path", p.key, p.value)

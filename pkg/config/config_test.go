@@ -28,6 +28,7 @@ kernel = "stock"
 guest_dir = "/opt/guest"
 qemu = "/opt/qemu"
 virtiofsd = "/opt/virtiofsd"
+passt = "/opt/passt"
 memory_mib = 512
 cpus = 4
 boot_timeout = "1m30s"
@@ -35,7 +36,7 @@ state_dir = "/run/other"
 `))
 	want = &Config{
 		File: "f", Accelerator: hypervisor.TCG, Vsock: VsockVhostUser, Kernel: guest.Stock, GuestDir: "/opt/guest",
-		QEMU: "/opt/qemu", Virtiofsd: "/opt/virtiofsd", MemoryMiB: 512, CPUs: 4, BootTimeout: 90 * time.Second, StateDir: "/run/other",
+		QEMU: "/opt/qemu", Virtiofsd: "/opt/virtiofsd", Passt: "/opt/passt", MemoryMiB: 512, CPUs: 4, BootTimeout: 90 * time.Second, StateDir: "/run/other",
 	}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("Parse() error %v (-want +got):\n%s", err, diff)

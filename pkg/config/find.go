@@ -102,6 +102,12 @@ func (c *Config) FindVirtiofsd() (string, error) {
 	return find("virtiofsd", c.Virtiofsd, "virtiofsd", virtiofsdPlaces)
 }
 
+// FindPasst returns the path of passt, which only pods with the host's network
+// need.
+func (c *Config) FindPasst() (string, error) {
+	return find("passt", c.Passt, "passt", []string{"/usr/bin/passt"})
+}
+
 // find returns configured when that is set, and else the program called name:
 // in $PATH or the first of places that has it.
 func find(key, configured, name string, places []string) (string, error) {

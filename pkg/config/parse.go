@@ -21,6 +21,7 @@ type file struct {
 	GuestDir    string `toml:"guest_dir"`
 	QEMU        string `toml:"qemu"`
 	Virtiofsd   string `toml:"virtiofsd"`
+	Passt       string `toml:"passt"`
 	MemoryMiB   int    `toml:"memory_mib"`
 	CPUs        int    `toml:"cpus"`
 	BootTimeout string `toml:"boot_timeout"`
@@ -46,7 +47,7 @@ func Parse(name string, data []byte) (*Config, error) {
 	}
 	c := &Config{
 		File: name, Accelerator: hypervisor.Accelerator(f.Accelerator), Vsock: f.Vsock, Kernel: f.Kernel,
-		GuestDir: f.GuestDir, QEMU: f.QEMU, Virtiofsd: f.Virtiofsd, MemoryMiB: f.MemoryMiB, CPUs: f.CPUs,
+		GuestDir: f.GuestDir, QEMU: f.QEMU, Virtiofsd: f.Virtiofsd, Passt: f.Passt, MemoryMiB: f.MemoryMiB, CPUs: f.CPUs,
 		BootTimeout: timeout, StateDir: f.StateDir,
 	}
 	if err := c.validate(); err != nil {

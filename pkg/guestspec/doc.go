@@ -23,7 +23,8 @@
 //   - network: always the virtual machine's first network namespace, named by
 //     path so that net.* sysctls are permitted. The spec's path (or that a new
 //     one is wanted) is in Plan.NetNS. A spec without a network namespace asks
-//     for the host's network: ErrHostNetwork.
+//     for the host's network: Plan.HostNetwork. Its container has none in the
+//     guest either, and may not set net.* sysctls.
 //   - time: a new one, with its offsets.
 //   - user, and ID mappings: ErrUserNamespace. Files on a shared folder
 //     have the host's owners, and neither id-mapped mounts nor a shifted

@@ -6,13 +6,9 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Errors that callers tell apart. Both are of kind errdefs.ErrNotImplemented.
-var (
-	// ErrHostNetwork is returned for a container in the host's network.
-	ErrHostNetwork = errdefs.ErrNotImplemented.WithMessage("the host's network cannot be used from a virtual machine")
-	// ErrUserNamespace is returned for a container in a user namespace.
-	ErrUserNamespace = errdefs.ErrNotImplemented.WithMessage("user namespaces are not available in a virtual machine")
-)
+// ErrUserNamespace is returned for a container in a user namespace. It is of
+// kind errdefs.ErrNotImplemented.
+var ErrUserNamespace = errdefs.ErrNotImplemented.WithMessage("user namespaces are not available in a virtual machine")
 
 // invalid returns an error about malformed input.
 func invalid(format string, args ...any) error {

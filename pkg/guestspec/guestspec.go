@@ -44,6 +44,8 @@ type Plan struct {
 	// NetNS is the path of the host's network namespace that the container
 	// is to join, or empty for a new one.
 	NetNS string
+	// HostNetwork: the container is to have the host's network instead.
+	HostNetwork bool
 	// Hooks holds the hooks that run on the host: Prestart, CreateRuntime,
 	// Poststart and Poststop. The other lists are empty.
 	Hooks specs.Hooks
@@ -118,9 +120,7 @@ func Rewrite(in Input) (*Plan, error) {
 	if plan.Spec.Linux, err = rewriteLinux(in, src, &rep); err != nil {
 		return nil, err
 	}
-	if plan.NetNS, err = networkNamespace(src.Linux.Namespaces); err != nil {
-		return nil, err
-	}
+	plan.NetNS, plan.HostNetwork = networkNamespace(src.Linux.Namespaces)
 	m := mounter{bundle: in.Bundle, id: in.ID, devices: in.GuestDevices, pod: in.PodMounts, report: &rep}
 	if plan.Spec.Mounts, err = m.rewrite(src.Mounts); err != nil {
 		return nil, err
@@ -144,8 +144,10 @@ func Check(in Input) error {
 	if err := checkLinux(in.Spec.Linux); err != nil {
 		return err
 	}
-	if _, err := networkNamespace(in.Spec.Linux.Namespaces); err != nil {
-		return err
+	if _, host := networkNamespace(in.Spec.Linux.Namespaces); host {
+		if err := CheckHostSysctls(in.Spec.Linux.Sysctl); err != nil {
+			return err
+		}
 	}
 	if _, _, err := RewriteResources(in.Spec.Linux.Resources); in.Spec.Linux.Resources != nil && err != nil {
 		return err

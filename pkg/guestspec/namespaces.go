@@ -2,6 +2,9 @@ package guestspec
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -78,16 +81,30 @@ func checkNamespaces(s *specs.Spec, has map[specs.LinuxNamespaceType]bool) error
 	case len(l.TimeOffsets) > 0 && !has[specs.TimeNamespace]:
 		return invalid("time namespace offsets specified, but time namespace isn't enabled in the config")
 	}
+	if !has[specs.NetworkNamespace] {
+		return CheckHostSysctls(l.Sysctl)
+	}
 	return nil
 }
 
-// networkNamespace returns the path of the host's network namespace, empty for
-// a new one.
-func networkNamespace(list []specs.LinuxNamespace) (string, error) {
+// networkNamespace returns the path of the network namespace on the host, empty
+// for a new one, and whether it is the host's own that the spec asks for.
+func networkNamespace(list []specs.LinuxNamespace) (path string, host bool) {
 	for _, ns := range list {
 		if ns.Type == specs.NetworkNamespace {
-			return ns.Path, nil
+			return ns.Path, false
 		}
 	}
-	return "", fmt.Errorf("network namespace: %w", ErrHostNetwork)
+	return "", true
+}
+
+// CheckHostSysctls returns an error if there are sysctls that a container or
+// pod without a network namespace may not set. The words are runc's.
+func CheckHostSysctls(sysctls map[string]string) error {
+	for _, name := range slices.Sorted(maps.Keys(sysctls)) {
+		if strings.HasPrefix(strings.ReplaceAll(name, "/", "."), "net.") {
+			return invalid("sysctl %q not allowed in host network namespace", name)
+		}
+	}
+	return nil
 }

@@ -83,10 +83,14 @@ type Share struct {
 	Socket *os.File
 }
 
-// NIC is a virtio-net device on a tap.
+// NIC is a virtio-net device, either on a tap or on a stream.
 type NIC struct {
 	// MAC is the guest's hardware address: "02:00:00:00:00:01".
 	MAC string
+	// Stream is a connected stream socket that carries Ethernet frames, each
+	// after its length as a big-endian uint32. The caller closes it once
+	// Launch has returned.
+	Stream *os.File
 	// Tap holds one open tap descriptor for each queue; VhostNet, when not
 	// empty, one open /dev/vhost-net for each. The caller closes them once
 	// Launch has returned.
@@ -149,6 +153,9 @@ func (n *NIC) validate() error {
 		return fmt.Errorf("MAC %q: want six octets", n.MAC)
 	case mac[0]&1 != 0:
 		return fmt.Errorf("MAC %s is a group address", n.MAC)
+	case n.Stream != nil && len(n.Tap)+len(n.VhostNet) != 0:
+		return errors.New("both a stream and a tap")
+	case n.Stream != nil:
 	case len(n.Tap) == 0 || slices.Contains(n.Tap, nil):
 		return errors.New("no tap descriptor")
 	case len(n.VhostNet) != 0 && (len(n.VhostNet) != len(n.Tap) || slices.Contains(n.VhostNet, nil)):

@@ -30,6 +30,7 @@ func TestValidate(t *testing.T) {
 		"no devices":            {func(s *Spec) { s.Shares, s.NICs, s.Cmdline = nil, nil, nil }, ""},
 		"largest":               {func(s *Spec) { s.CPUs, s.MemoryMiB, s.Vsock.CID = 64, 1<<20, 1<<32-2 }, ""},
 		"vhost-user":            {func(s *Spec) { s.Vsock.VhostFD, s.Vsock.Backend = nil, f }, ""},
+		"stream":                {func(s *Spec) { s.NICs[0] = NIC{MAC: s.NICs[0].MAC, Stream: f} }, ""},
 		"no name":               {func(s *Spec) { s.Name = "" }, `vm spec: name ""`},
 		"name with an end":      {func(s *Spec) { s.Name = "a\nb" }, `vm spec: name "a\nb"`},
 		"auto":                  {func(s *Spec) { s.Accelerator = Auto }, `vm spec: accelerator "auto": want "kvm" or "tcg"`},
@@ -56,6 +57,7 @@ func TestValidate(t *testing.T) {
 		"no tap":                {func(s *Spec) { s.NICs[0].Tap = nil }, "vm spec: interface 0: no tap descriptor"},
 		"nil tap":               {func(s *Spec) { s.NICs[1].Tap[1] = nil }, "vm spec: interface 1: no tap descriptor"},
 		"queue without vhost":   {func(s *Spec) { s.NICs[1].VhostNet = s.NICs[1].VhostNet[:1] }, "vm spec: interface 1: 1 vhost-net descriptors for 2 queues"},
+		"stream and tap":        {func(s *Spec) { s.NICs[0].Stream = f }, "vm spec: interface 0: both a stream and a tap"},
 		"nil vhost":             {func(s *Spec) { s.NICs[1].VhostNet[0] = nil }, "vm spec: interface 1: 2 vhost-net descriptors for 2 queues"},
 	}
 	for name, tt := range tests {

@@ -16,7 +16,7 @@ var (
 	// ErrNetInUse says that a network namespace is that of another pod.
 	ErrNetInUse = errors.New("the network namespace is that of another virtual machine, and two virtual machines cannot share one")
 	// ErrHostNet says that a network namespace is the host's.
-	ErrHostNet = errors.New("the network namespace is the host's, which cannot be used from a virtual machine")
+	ErrHostNet = errors.New("the network namespace is the host's, which no pod has for itself")
 )
 
 // claimName is an abstract socket address (unix(7)): a network namespace has at

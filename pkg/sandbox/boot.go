@@ -131,7 +131,7 @@ func (s *Sandbox) setUpGuest(ctx context.Context) error {
 		_, err = s.Agent().OpenPod(ctx, s.cfg.Pod)
 		err = wrap("make the pod's namespaces in guest", err)
 	}
-	if err == nil && s.cfg.Pod != nil {
+	if err == nil && s.cfg.Pod != nil && s.host == nil {
 		err = s.forwardPorts(ctx)
 	}
 	return errors.Join(err, <-online)
@@ -182,7 +182,7 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 		CmdlineDevices: guest.CmdlineDevices,
 		Cmdline:        s.cmdline(),
 		Vsock:          s.transport.Device(),
-		NICs:           s.network.NICs(),
+		NICs:           s.nics(),
 		Shares:         []hypervisor.Share{{Tag: api.ShareTag, Socket: s.daemon.Socket()}},
 	}, nil
 }
@@ -226,7 +226,7 @@ func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
 		f.Close()
 	}
 	s.daemon.CloseSocket()
-	s.network.ReleaseFiles()
+	s.releaseNICs()
 	s.vm = vm
 	s.boot.VMPid = vm.Pid()
 	go s.watch()
@@ -247,6 +247,10 @@ func (s *Sandbox) watch() {
 	case <-s.daemon.Done():
 		// Without its files the guest can only hang.
 		why = fmt.Errorf("file system daemon ended: %w", orUnknown(s.daemon.Err()))
+	case <-s.host.done():
+		// A pod that is cut off is of no use, and only a new one can be
+		// connected.
+		why = fmt.Errorf("connection to the host's network ended: %w", orUnknown(s.host.passt.Err()))
 	case <-s.agentGone:
 		why = errors.New("agent ended its connection")
 	}

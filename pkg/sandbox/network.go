@@ -8,20 +8,50 @@ import (
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/guestdial"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/network"
 	"github.com/vmrt/vmrt/pkg/portforward"
 )
 
 // configureNetwork tells the guest what is in the pod's network namespace.
 func (s *Sandbox) configureNetwork(ctx context.Context) error {
-	_, err := s.Agent().ConfigureNetwork(ctx, s.network.Request())
+	request := s.networkRequest()
+	_, err := s.Agent().ConfigureNetwork(ctx, request)
 	return wrap("configure network of guest", err)
+}
+
+func (s *Sandbox) networkRequest() *api.NetworkConfig {
+	if s.host != nil {
+		return s.host.template.Request()
+	}
+	return s.network.Request()
+}
+
+// nics returns the virtual machine's network devices.
+func (s *Sandbox) nics() []hypervisor.NIC {
+	if s.host != nil {
+		return s.host.nics()
+	}
+	return s.network.NICs()
+}
+
+// releaseNICs closes the files of nics, once the VMM has its own.
+func (s *Sandbox) releaseNICs() {
+	if s.host != nil {
+		s.host.releaseNICs()
+		return
+	}
+	s.network.ReleaseFiles()
 }
 
 // UpdateNetwork picks up interfaces that have arrived in the pod's network
 // namespace since the boot: as many as Config.SpareNICs.
 func (s *Sandbox) UpdateNetwork(ctx context.Context) error {
+	if s.host != nil {
+		return nil
+	}
 	before := s.network.Request()
 	if err := s.network.Update(ctx); err != nil {
 		return err
@@ -52,14 +82,20 @@ func (s *Sandbox) forwardPorts(ctx context.Context) error {
 
 // openNetwork makes the virtual machine's network devices.
 func (s *Sandbox) openNetwork(ctx context.Context) (err error) {
+	if s.host != nil {
+		return s.host.open(ctx, s)
+	}
 	s.network, err = network.Open(ctx, s.ns, network.Options{Queues: s.cfg.CPUs, Spares: s.cfg.SpareNICs})
 	return err
 }
 
-// closeNetwork undoes openNetwork and forwardPorts. The virtual machine has
+// closeNetwork undoes openNetwork, forwardPorts and mirrorPorts. The virtual machine has
 // ended.
 func (s *Sandbox) closeNetwork(ctx context.Context) error {
 	var errs []error
+	if s.host != nil {
+		s.host.close()
+	}
 	if s.forwarder != nil {
 		errs = append(errs, s.forwarder.Close())
 	}

@@ -51,6 +51,9 @@ type Config struct {
 	Socket string
 	// NetNS is the path of the pod's network namespace; empty for a new one.
 	NetNS string
+	// HostNetwork gives the pod the host's network instead. So does a NetNS
+	// that is the host's.
+	HostNetwork bool
 	// CgroupsPath is the OCI spec's, for the pod's cgroup on the host.
 	CgroupsPath string
 	// MemoryMiB and CPUs size the virtual machine.
@@ -74,11 +77,12 @@ type Sandbox struct {
 	// cgroupPath is set before there is a cgroup.
 	cgroupPath string
 	share      *storage.Share
+	host       *hostNetwork // nil for a pod with a network of its own
 
 	// Set by Boot, read only once it returned.
 	transport vsock.Transport
 	daemon    *storage.Daemon
-	network   *network.Network
+	network   *network.Network       // nil with the host's network
 	forwarder *portforward.Forwarder // nil outside pods
 	vm        hypervisor.VM
 	rpc       *ttrpc.Client
@@ -141,11 +145,19 @@ func New(cfg Config) (_ *Sandbox, err error) {
 	if s.cgroup, err = cgroup.Create(cfg.CgroupsPath, cfg.ID); err != nil {
 		return nil, fmt.Errorf("create cgroup: %w", err)
 	}
-	if s.ns, err = podns.Open(podns.Config{NetNS: cfg.NetNS, Start: s.cgroup.Start}); err != nil {
+	netns := cfg.NetNS
+	if cfg.HostNetwork {
+		netns = hostNetNS
+	}
+	if s.ns, err = podns.Open(podns.Config{NetNS: netns, Start: s.cgroup.Start}); err != nil {
 		return nil, fmt.Errorf("open namespaces: %w", err)
 	}
-	if err := s.ns.ClaimNet(); err != nil {
-		return nil, fmt.Errorf("join network namespace %s: %w: %w", cfg.NetNS, err, errdefs.ErrFailedPrecondition)
+	err = s.ns.ClaimNet()
+	if errors.Is(err, podns.ErrHostNet) {
+		s.host, err = newHostNetwork(cfg.Settings)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("join network namespace %s: %w: %w", netns, err, errdefs.ErrFailedPrecondition)
 	}
 	if err := os.Mkdir(s.EmptyDir(), 0o755); err != nil {
 		return nil, err
@@ -270,9 +282,13 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 // process was killed. Call it before Boot or after it, and when containers
 // change.
 func (s *Sandbox) Save(containers map[string]state.Container) error {
+	netns := s.cfg.NetNS
+	if s.host != nil {
+		netns = "" // nothing of it is the pod's to clean up
+	}
 	st := &state.Sandbox{
 		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
-		Socket: s.cfg.Socket, CgroupPath: s.cgroupPath, NetNS: s.cfg.NetNS, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
+		Socket: s.cfg.Socket, CgroupPath: s.cgroupPath, NetNS: netns, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
 		Vsock: s.boot.Transport, CID: s.boot.CID,
 	}
 	var err error

@@ -36,6 +36,8 @@ const podShmSource = api.PodShm
 // podConfig is what a virtual machine is made for.
 type podConfig struct {
 	netns string // a path; empty: a new one
+	// hostNetwork: the host's network instead.
+	hostNetwork bool
 	// spareNICs is how many interfaces may arrive after the boot.
 	spareNICs   int
 	cgroupsPath string
@@ -67,13 +69,15 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 		ns[n.Type] = n.Path
 	}
 	path, ok := ns[specs.NetworkNamespace]
-	if !ok {
-		return nil, fmt.Errorf("network namespace: %w", guestspec.ErrHostNetwork)
+	p.netns, p.hostNetwork = path, !ok
+	if p.hostNetwork {
+		if err := guestspec.CheckHostSysctls(spec.Linux.Sysctl); err != nil {
+			return nil, err
+		}
 	}
-	p.netns = path
 	if !isPod(spec) {
 		p.limits = specLimits(spec.Linux.Resources)
-		if path == "" && !hasHooks(spec.Hooks, hookPrestart, hookCreateRuntime) {
+		if path == "" && ok && !hasHooks(spec.Hooks, hookPrestart, hookCreateRuntime) {
 			// Docker puts its interface there between Create and Start.
 			p.spareNICs = 1
 		}
@@ -124,19 +128,27 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		}
 	}
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	switch {
-	case ns.GetNetwork() == cri.NamespaceMode_NODE:
-		return nil, fmt.Errorf("network namespace: %w", guestspec.ErrHostNetwork)
-	case ns.GetUsernsOptions() != nil && ns.GetUsernsOptions().GetMode() == cri.NamespaceMode_POD:
+	if ns.GetUsernsOptions() != nil && ns.GetUsernsOptions().GetMode() == cri.NamespaceMode_POD {
 		return nil, fmt.Errorf("user namespace of the pod: %w", guestspec.ErrUserNamespace)
+	}
+	sysctls := cfg.GetLinux().GetSysctls()
+	hostNetwork := ns.GetNetwork() == cri.NamespaceMode_NODE
+	if hostNetwork {
+		netns = ""
+		if err := guestspec.CheckHostSysctls(sysctls); err != nil {
+			return nil, err
+		}
+	} else {
+		sysctls = podSysctls(sysctls)
 	}
 	p := &podConfig{
 		netns:       netns,
+		hostNetwork: hostNetwork,
 		cgroupsPath: criCgroup(cfg.GetLinux().GetCgroupParent(), id),
 		limits:      criLimits(cfg.GetLinux()),
 		open: &api.OpenPodRequest{
 			Hostname: cfg.GetHostname(),
-			Sysctls:  podSysctls(cfg.GetLinux().GetSysctls()),
+			Sysctls:  sysctls,
 			Pid:      ns.GetPid() != cri.NamespaceMode_NODE,
 		},
 	}
@@ -166,7 +178,8 @@ func criCgroup(parent, id string) string {
 	return filepath.Join(parent, id)
 }
 
-// podSysctls adds what containerd's CRI gives to every pod by default
+// podSysctls adds what containerd's CRI gives to every pod with a network of its
+// own by default
 // (enable_unprivileged_ports, enable_unprivileged_icmp).
 func podSysctls(asked map[string]string) map[string]string {
 	all := map[string]string{

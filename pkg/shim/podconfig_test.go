@@ -4,6 +4,7 @@ import (
 	"errors"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -57,8 +58,18 @@ func TestPodOfSpec(t *testing.T) {
 		}
 	}
 
-	if _, err := podOfSpec(sandboxSpec()); !errors.Is(err, guestspec.ErrHostNetwork) {
-		t.Errorf("pod without a network namespace = %v; want %v", err, guestspec.ErrHostNetwork)
+	// So does hostNetwork mean the host's.
+	if p.hostNetwork {
+		t.Error("pod with a network namespace has the host's network")
+	}
+	host := sandboxSpec()
+	host.Linux.Sysctl = nil
+	if p, err = podOfSpec(host); err != nil || !p.hostNetwork || p.spareNICs != 0 {
+		t.Errorf("pod without a network namespace = %+v, %v; want one with the host's", p, err)
+	}
+	host.Linux.Sysctl = map[string]string{"net.ipv4.ip_forward": "1"}
+	if p, err = podOfSpec(host); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("pod without a network namespace that sets one of its sysctls = %+v, %v; want an invalid argument", p, err)
 	}
 	if _, err := podOfSpec(sandboxSpec(append(all, specs.LinuxNamespace{Type: "user"})...)); !errors.Is(err, guestspec.ErrUserNamespace) {
 		t.Errorf("pod with a user namespace = %v; want %v", err, guestspec.ErrUserNamespace)

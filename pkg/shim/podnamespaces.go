@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/guestspec"
 )
@@ -60,6 +62,7 @@ func (s *service) rewrite(c *container, devices []*api.Device) (*guestspec.Plan,
 	spec := *c.spec
 	spec.Mounts = slices.Clone(spec.Mounts)
 	s.mu.Lock()
+	hostNetwork := s.pod != nil && s.pod.hostNetwork
 	if s.sandbox != nil && s.pod != nil {
 		s.pod.addMounts(&spec, s.sandbox.FilesDir())
 	}
@@ -69,6 +72,9 @@ func (s *service) rewrite(c *container, devices []*api.Device) (*guestspec.Plan,
 	plan, err := guestspec.Rewrite(in)
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.id, err)
+	}
+	if plan.HostNetwork && !hostNetwork {
+		return nil, fmt.Errorf("container %s: it asks for the host's network, and its pod has one of its own: %w", c.id, errdefs.ErrInvalidArgument)
 	}
 	return plan, nil
 }

@@ -10,11 +10,11 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmrt/vmrt/pkg/daemon"
 	"github.com/vmrt/vmrt/pkg/podns"
 )
 
@@ -71,13 +71,11 @@ func errNoDaemon(path string) error {
 	return fmt.Errorf("virtiofsd is not installed: no %s (Debian 13: package virtiofsd; Debian 12: package qemu-system-common)", path)
 }
 
-// Daemon is a running virtiofsd.
+// Daemon is a running virtiofsd. Done, Err and Pid are the process's; Err is nil
+// after an end by itself when the VMM was gone.
 type Daemon struct {
-	proc   *podns.Process
+	*daemon.Daemon
 	socket *os.File
-	stderr *tail
-	done   chan struct{}
-	closed atomic.Bool
 }
 
 // StartDaemon starts a virtiofsd in ns and returns without waiting for it to
@@ -104,7 +102,7 @@ func StartDaemon(ctx context.Context, ns *podns.Namespaces, cfg DaemonConfig) (*
 		return nil, fmt.Errorf("start virtiofsd: %w", err)
 	}
 	defer listener.Close()
-	d, err := startDaemon(ns, &exec.Cmd{
+	d, err := daemon.Start(ns, "virtiofsd", &exec.Cmd{
 		Path:       binary,
 		Args:       append([]string{binary}, dialect(cfg, nofile.Max)...),
 		Env:        []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -120,31 +118,7 @@ func StartDaemon(ctx context.Context, ns *podns.Namespaces, cfg DaemonConfig) (*
 		socket.Close()
 		return nil, fmt.Errorf("start virtiofsd %s: %w", binary, err)
 	}
-	d.socket = socket
-	return d, nil
-}
-
-func startDaemon(ns *podns.Namespaces, cmd *exec.Cmd) (*Daemon, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	cmd.Stdout, cmd.Stderr = w, w
-	proc, err := ns.StartProcess(cmd)
-	w.Close()
-	if err != nil {
-		r.Close()
-		return nil, err
-	}
-	d := &Daemon{proc: proc, stderr: new(tail), done: make(chan struct{})}
-	go func() {
-		defer close(d.done)
-		defer r.Close()
-		// Ends with the last process of the daemon's pid namespace.
-		_, _ = d.stderr.ReadFrom(r)
-		<-proc.Done()
-	}()
-	return d, nil
+	return &Daemon{Daemon: d, socket: socket}, nil
 }
 
 // arguments are a dialect of virtiofsd's command line.
@@ -208,36 +182,9 @@ func (d *Daemon) Socket() *os.File { return d.socket }
 // the VMM has its own, so that the daemon notices the VMM's end. Idempotent.
 func (d *Daemon) CloseSocket() { _ = d.socket.Close() }
 
-// Pid returns the daemon's process id on the host.
-func (d *Daemon) Pid() int { return d.proc.Pid() }
-
-// Done is closed when the daemon has ended and was reaped.
-func (d *Daemon) Done() <-chan struct{} { return d.done }
-
-// Err says why the daemon ended, with the end of its stderr. Nil before Done,
-// after an end by itself when the VMM was gone, and after Close.
-func (d *Daemon) Err() error {
-	select {
-	case <-d.done:
-	default:
-		return nil
-	}
-	st := d.proc.Status()
-	switch {
-	case d.closed.Load(), st.Exited() && st.ExitStatus() == 0:
-		return nil
-	case st.Signaled():
-		return fmt.Errorf("virtiofsd: %v%s", st.Signal(), d.stderr)
-	default:
-		return fmt.Errorf("virtiofsd: exit status %d%s", st.ExitStatus(), d.stderr)
-	}
-}
-
 // Close kills the daemon and waits for its end. Idempotent.
 func (d *Daemon) Close() error {
-	d.closed.Store(true)
 	d.CloseSocket()
-	d.proc.Kill()
-	<-d.done
+	d.Daemon.Close()
 	return nil
 }

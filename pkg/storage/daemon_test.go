@@ -170,7 +170,7 @@ func TestDaemonEnds(t *testing.T) {
 			{name: "VMM is gone", end: func(_ *pod, d *Daemon) error { d.CloseSocket(); return nil }},
 			{name: "Close", end: func(_ *pod, d *Daemon) error { return d.Close() }},
 			{name: "pod is closed", end: func(p *pod, _ *Daemon) error { return p.ns.Close() }, want: "virtiofsd: killed"},
-			{name: "killed", end: func(_ *pod, d *Daemon) error { return d.proc.Signal(unix.SIGKILL) }, want: "virtiofsd: killed"},
+			{name: "killed", end: func(_ *pod, d *Daemon) error { return unix.Kill(d.Pid(), unix.SIGKILL) }, want: "virtiofsd: killed"},
 		} {
 			t.Run(tt.name, func(t *testing.T) {
 				p := newPod(t)
@@ -247,25 +247,6 @@ func TestFindDaemonInPath(t *testing.T) {
 	}
 	if got, err := findDaemon([]string{"/dev/null", want}); got != want || err != nil {
 		t.Errorf("FindDaemon() = %q, %v; want %q", got, err, want)
-	}
-}
-
-func TestTail(t *testing.T) {
-	var long tail
-	text := strings.Repeat("x", 3*tailSize) + "the end"
-	if n, err := long.ReadFrom(strings.NewReader(text)); n != int64(len(text)) || err != nil {
-		t.Errorf("ReadFrom = %d, %v; want %d, nil", n, err, len(text))
-	}
-	if s := long.String(); len(s) != tailSize+2 || !strings.HasSuffix(s, "xthe end") {
-		t.Errorf("tail of %d bytes has %d; want the last %d", len(text), len(s), tailSize)
-	}
-	var lines tail
-	lines.ReadFrom(strings.NewReader("a\nb\xff\n"))
-	if got, want := lines.String(), ": a; b?"; got != want {
-		t.Errorf("String() = %q; want %q", got, want)
-	}
-	if got := new(tail).String(); got != "" {
-		t.Errorf("String() of nothing = %q; want nothing", got)
 	}
 }
 

@@ -34,9 +34,13 @@ func TestCreateErrors(t *testing.T) {
 		{"missing mount source", options{spec: func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: "/nonexistent/source", Destination: "/mnt", Options: []string{"rbind"}})
 		}}, []string{"/nonexistent/source", "no such file or directory"}},
-		{"host network", options{spec: func(s *specs.Spec) {
+		{"no passt for the host's network", options{config: `passt = "/nonexistent/passt"`, spec: func(s *specs.Spec) {
 			s.Linux.Namespaces = without(s.Linux.Namespaces, specs.NetworkNamespace)
-		}}, []string{"host", "network"}},
+		}}, []string{"the host's network needs passt: install the package passt", "/nonexistent/passt"}},
+		{"sysctl of the host's network", options{spec: func(s *specs.Spec) {
+			s.Linux.Namespaces = without(s.Linux.Namespaces, specs.NetworkNamespace)
+			s.Linux.Sysctl = map[string]string{"net.ipv4.ip_forward": "1"}
+		}}, []string{`sysctl "net.ipv4.ip_forward" not allowed in host network namespace`}},
 		{"missing device", options{spec: func(s *specs.Spec) {
 			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/nvme7", Type: "b", Major: 259, Minor: 7}}
 		}}, []string{"/dev/nvme7"}},

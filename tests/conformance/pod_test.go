@@ -400,9 +400,10 @@ func TestSandboxAPIErrors(t *testing.T) {
 		edit   func(*sandboxapi.CreateSandboxRequest)
 		is     func(error) bool
 	}{
-		{"host network", func(c *cri.PodSandboxConfig) {
+		{"sysctl of the host's network", func(c *cri.PodSandboxConfig) {
+			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_forward": "1"}
 			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}}
-		}, nil, errdefs.IsFailedPrecondition},
+		}, nil, errdefs.IsInvalidArgument},
 		{"user namespace", func(c *cri.PodSandboxConfig) {
 			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{}}}
 		}, nil, errdefs.IsFailedPrecondition},

@@ -38,9 +38,7 @@ func TestApart(t *testing.T) {
 		{"network of a container", "--net container:box", "two virtual machines cannot share one"},
 		{"processes of a container", "--net none --pid container:box", "a namespace outside the virtual machine cannot be joined"},
 		{"memory of a container", "--net none --ipc container:box", "two virtual machines cannot share memory"},
-		{"network of the host", "--net host", "the host's network cannot be used"},
 		{"device of the host", "--net none --device " + disk + ":/dev/disk", "not present in the virtual machine"},
-		{"network namespace of a process of the host", ctrPrefix + "--with-ns network:/proc/1/ns/net", "the network namespace is the host's"},
 		{"pid namespace of a process of the host", ctrPrefix + "--with-ns pid:/proc/1/ns/pid", "a namespace outside the virtual machine cannot be joined"},
 		{"mounts for the host", ctrPrefix + "--mount type=bind,src=" + dir + ",dst=/mnt,options=rbind:rshared", "cannot propagate to the host"},
 	} {

@@ -100,6 +100,12 @@ func TestNerdctl(t *testing.T) {
 			t.Errorf("top = %q; want the anchor of sleep", got)
 		}
 	})
+	t.Run("host network", func(t *testing.T) {
+		got := nerdctl(t, "run", "--runtime", runtimeName, "--net", "host", "--rm", image.BusyboxName, "hostname")
+		if host, err := os.Hostname(); err != nil || strings.TrimSpace(got) != host {
+			t.Errorf("hostname in the host's network = %q; want %q, %v", got, host, err)
+		}
+	})
 	t.Run("privileged", func(t *testing.T) {
 		got := nerdctl(t, append(run, "--rm", "--privileged", image.BusyboxName, "sh", "-c",
 			"mount -t tmpfs t /mnt && echo mounted; grep CapEff /proc/self/status")...)

@@ -75,6 +75,9 @@ func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os
 	c.add("-serial", "chardev:console")
 	c.chardev("qmp", f.qmp)
 	c.add("-mon", "chardev=qmp,mode=control")
+	if b.Version.before(7, 2) && slices.ContainsFunc(s.NICs, func(n hypervisor.NIC) bool { return n.Stream != nil }) {
+		return nil, nil, fmt.Errorf("QEMU %s has no network device on a stream: want 7.2 or newer", b.Version)
+	}
 	c.devices(s)
 	return c.args, c.files, nil
 }
@@ -241,7 +244,12 @@ func (c *arguments) devices(s *hypervisor.Spec) {
 
 func (c *arguments) nic(i int, n hypervisor.NIC) {
 	id := "net" + strconv.Itoa(i)
-	netdev := "tap,id=" + id + ",fds=" + c.fds(n.Tap)
+	var netdev string
+	if n.Stream != nil {
+		netdev = "stream,id=" + id + ",server=off,addr.type=fd,addr.str=" + c.fd(n.Stream)
+	} else {
+		netdev = "tap,id=" + id + ",fds=" + c.fds(n.Tap)
+	}
 	if len(n.VhostNet) > 0 {
 		netdev += ",vhost=on,vhostfds=" + c.fds(n.VhostNet)
 	}

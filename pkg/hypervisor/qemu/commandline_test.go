@@ -46,6 +46,7 @@ func full(a hypervisor.Accelerator) hypervisor.Spec {
 	s.NICs = []hypervisor.NIC{
 		{MAC: "02:00:00:00:00:01", Tap: []*os.File{file("tap0")}},
 		{MAC: "02:00:00:00:00:02", Tap: []*os.File{file("tap1q0"), file("tap1q1")}, VhostNet: []*os.File{file("vhost1q0"), file("vhost1q1")}},
+		{MAC: "02:00:00:00:00:03", Stream: file("stream2")},
 	}
 	return s
 }
@@ -148,7 +149,7 @@ func TestCommandLineDescriptors(t *testing.T) {
 				seen[path]++
 			}
 			key, value, _ := strings.Cut(option, "=")
-			if slices.Contains([]string{"fd", "fds", "vhostfd", "vhostfds"}, key) {
+			if slices.Contains([]string{"fd", "fds", "vhostfd", "vhostfds", "addr.str"}, key) {
 				for _, n := range strings.Split(value, ":") {
 					seen[n]++
 				}
@@ -179,10 +180,18 @@ func TestCommandLineLimits(t *testing.T) {
 		t.Errorf("commandLine() with %d arguments = %v; want none", maxCmdline, err)
 	}
 	fits.CmdlineDevices = true
+	old := qemu7
+	old.Version = Version{7, 1, 9}
+	stream := minimal(hypervisor.TCG)
+	stream.NICs = []hypervisor.NIC{{MAC: "02:00:00:00:00:01", Stream: file("stream")}}
 	for name, s := range map[string]hypervisor.Spec{
-		"kernel command line of": long, "2056 bytes: at most 1936": fits, "devices: at most 24": many,
+		"kernel command line of": long, "2056 bytes: at most 1936": fits, "devices: at most 24": many, "QEMU 7.1.9 has no network device on a stream": stream,
 	} {
-		_, _, err := commandLine(qemu7, host{}, &s, testFiles())
+		binary := qemu7
+		if len(s.NICs) == 1 {
+			binary = old
+		}
+		_, _, err := commandLine(binary, host{}, &s, testFiles())
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("commandLine() = %v; want an error with %q", err, name)
 		}
