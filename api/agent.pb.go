@@ -1468,6 +1468,113 @@ func (x *NetworkRule) GetSuppress() uint32 {
 	return 0
 }
 
+// ListeningPorts are the sockets that listen, at most api.MaxListeningPorts.
+type ListeningPorts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ports         []*ListeningPort       `protobuf:"bytes,1,rep,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListeningPorts) Reset() {
+	*x = ListeningPorts{}
+	mi := &file_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListeningPorts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListeningPorts) ProtoMessage() {}
+
+func (x *ListeningPorts) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListeningPorts.ProtoReflect.Descriptor instead.
+func (*ListeningPorts) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ListeningPorts) GetPorts() []*ListeningPort {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+type ListeningPort struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// address is an IP address of 4 or 16 bytes; all zero: any.
+	Address []byte `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
+	Port    uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	// v6only: one at any IPv6 address takes no IPv4 connections.
+	V6Only        bool `protobuf:"varint,3,opt,name=v6only,proto3" json:"v6only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListeningPort) Reset() {
+	*x = ListeningPort{}
+	mi := &file_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListeningPort) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListeningPort) ProtoMessage() {}
+
+func (x *ListeningPort) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListeningPort.ProtoReflect.Descriptor instead.
+func (*ListeningPort) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListeningPort) GetAddress() []byte {
+	if x != nil {
+		return x.Address
+	}
+	return nil
+}
+
+func (x *ListeningPort) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ListeningPort) GetV6Only() bool {
+	if x != nil {
+		return x.V6Only
+	}
+	return false
+}
+
 // Event is one of containerd's task events with guest pids in it.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1482,7 +1589,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1601,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1614,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Event) GetTopic() string {
@@ -1652,12 +1759,18 @@ const file_agent_proto_rawDesc = "" +
 	"\x06invert\x18\t \x01(\bR\x06invert\x12\x14\n" +
 	"\x05table\x18\n" +
 	" \x01(\rR\x05table\x12\x1a\n" +
-	"\bsuppress\x18\v \x01(\rR\bsuppress\"\x8b\x01\n" +
+	"\bsuppress\x18\v \x01(\rR\bsuppress\"D\n" +
+	"\x0eListeningPorts\x122\n" +
+	"\x05ports\x18\x01 \x03(\v2\x1c.vmrt.agent.v1.ListeningPortR\x05ports\"U\n" +
+	"\rListeningPort\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
+	"\x06v6only\x18\x03 \x01(\bR\x06v6only\"\x8b\x01\n" +
 	"\x05Event\x12\x14\n" +
 	"\x05topic\x18\x01 \x01(\tR\x05topic\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05event\x12.\n" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
-	"\x03seq\x18\x04 \x01(\x04R\x03seq2\x90\x06\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xe1\x06\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Clock\x12\x1b.vmrt.agent.v1.ClockRequest\x1a\x1c.vmrt.agent.v1.ClockResponse\x12:\n" +
 	"\x05Mount\x12\x1b.vmrt.agent.v1.MountRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
@@ -1670,7 +1783,8 @@ const file_agent_proto_rawDesc = "" +
 	"\aOpenPod\x12\x1d.vmrt.agent.v1.OpenPodRequest\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
 	"\bClosePod\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Empty\x12F\n" +
 	"\x10ConfigureNetwork\x12\x1c.vmrt.agent.v1.NetworkConfig\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
-	"\x06Events\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Event0\x01\x126\n" +
+	"\x06Events\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Event0\x01\x12O\n" +
+	"\vMirrorPorts\x12\x1d.vmrt.agent.v1.ListeningPorts\x1a\x1d.vmrt.agent.v1.ListeningPorts(\x010\x01\x126\n" +
 	"\bShutdown\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.EmptyB\x1eZ\x1cgithub.com/vmrt/vmrt/api;apib\x06proto3"
 
 var (
@@ -1685,7 +1799,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),                 // 0: vmrt.agent.v1.Hello
 	(*Welcome)(nil),               // 1: vmrt.agent.v1.Welcome
@@ -1708,55 +1822,60 @@ var file_agent_proto_goTypes = []any{
 	(*NetworkHop)(nil),            // 18: vmrt.agent.v1.NetworkHop
 	(*NetworkNeighbour)(nil),      // 19: vmrt.agent.v1.NetworkNeighbour
 	(*NetworkRule)(nil),           // 20: vmrt.agent.v1.NetworkRule
-	(*Event)(nil),                 // 21: vmrt.agent.v1.Event
-	nil,                           // 22: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*anypb.Any)(nil),             // 24: google.protobuf.Any
+	(*ListeningPorts)(nil),        // 21: vmrt.agent.v1.ListeningPorts
+	(*ListeningPort)(nil),         // 22: vmrt.agent.v1.ListeningPort
+	(*Event)(nil),                 // 23: vmrt.agent.v1.Event
+	nil,                           // 24: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*anypb.Any)(nil),             // 26: google.protobuf.Any
 }
 var file_agent_proto_depIdxs = []int32{
-	23, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
-	23, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
-	23, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
+	25, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
+	25, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
+	25, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
 	5,  // 3: vmrt.agent.v1.MountRequest.mounts:type_name -> vmrt.agent.v1.MountSpec
 	10, // 4: vmrt.agent.v1.DevicesResponse.devices:type_name -> vmrt.agent.v1.Device
-	22, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	24, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
 	15, // 6: vmrt.agent.v1.NetworkConfig.interfaces:type_name -> vmrt.agent.v1.NetworkInterface
 	17, // 7: vmrt.agent.v1.NetworkConfig.routes:type_name -> vmrt.agent.v1.NetworkRoute
 	19, // 8: vmrt.agent.v1.NetworkConfig.neighbours:type_name -> vmrt.agent.v1.NetworkNeighbour
 	20, // 9: vmrt.agent.v1.NetworkConfig.rules:type_name -> vmrt.agent.v1.NetworkRule
 	16, // 10: vmrt.agent.v1.NetworkInterface.addresses:type_name -> vmrt.agent.v1.NetworkAddress
 	18, // 11: vmrt.agent.v1.NetworkRoute.hops:type_name -> vmrt.agent.v1.NetworkHop
-	24, // 12: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
-	23, // 13: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	3,  // 14: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
-	6,  // 15: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
-	7,  // 16: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
-	8,  // 17: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
-	9,  // 18: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
-	2,  // 19: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
-	12, // 20: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
-	13, // 21: vmrt.agent.v1.Agent.OpenPod:input_type -> vmrt.agent.v1.OpenPodRequest
-	2,  // 22: vmrt.agent.v1.Agent.ClosePod:input_type -> vmrt.agent.v1.Empty
-	14, // 23: vmrt.agent.v1.Agent.ConfigureNetwork:input_type -> vmrt.agent.v1.NetworkConfig
-	2,  // 24: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
-	2,  // 25: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
-	4,  // 26: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
-	2,  // 27: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
-	2,  // 28: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
-	2,  // 29: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
-	2,  // 30: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
-	11, // 31: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
-	2,  // 32: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
-	2,  // 33: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
-	2,  // 34: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
-	2,  // 35: vmrt.agent.v1.Agent.ConfigureNetwork:output_type -> vmrt.agent.v1.Empty
-	21, // 36: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
-	2,  // 37: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
-	26, // [26:38] is the sub-list for method output_type
-	14, // [14:26] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	22, // 12: vmrt.agent.v1.ListeningPorts.ports:type_name -> vmrt.agent.v1.ListeningPort
+	26, // 13: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
+	25, // 14: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	3,  // 15: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
+	6,  // 16: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
+	7,  // 17: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
+	8,  // 18: vmrt.agent.v1.Agent.WriteBundle:input_type -> vmrt.agent.v1.WriteBundleRequest
+	9,  // 19: vmrt.agent.v1.Agent.RemoveBundle:input_type -> vmrt.agent.v1.RemoveBundleRequest
+	2,  // 20: vmrt.agent.v1.Agent.Devices:input_type -> vmrt.agent.v1.Empty
+	12, // 21: vmrt.agent.v1.Agent.OnlineCPUs:input_type -> vmrt.agent.v1.OnlineCPUsRequest
+	13, // 22: vmrt.agent.v1.Agent.OpenPod:input_type -> vmrt.agent.v1.OpenPodRequest
+	2,  // 23: vmrt.agent.v1.Agent.ClosePod:input_type -> vmrt.agent.v1.Empty
+	14, // 24: vmrt.agent.v1.Agent.ConfigureNetwork:input_type -> vmrt.agent.v1.NetworkConfig
+	2,  // 25: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
+	21, // 26: vmrt.agent.v1.Agent.MirrorPorts:input_type -> vmrt.agent.v1.ListeningPorts
+	2,  // 27: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
+	4,  // 28: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
+	2,  // 29: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
+	2,  // 30: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
+	2,  // 31: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
+	2,  // 32: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
+	11, // 33: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
+	2,  // 34: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
+	2,  // 35: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
+	2,  // 36: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
+	2,  // 37: vmrt.agent.v1.Agent.ConfigureNetwork:output_type -> vmrt.agent.v1.Empty
+	23, // 38: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
+	21, // 39: vmrt.agent.v1.Agent.MirrorPorts:output_type -> vmrt.agent.v1.ListeningPorts
+	2,  // 40: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
+	28, // [28:41] is the sub-list for method output_type
+	15, // [15:28] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -1770,7 +1889,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,6 +19,7 @@ type AgentService interface {
 	ClosePod(context.Context, *Empty) (*Empty, error)
 	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty, Agent_EventsServer) error
+	MirrorPorts(context.Context, Agent_MirrorPortsServer) error
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
 
@@ -33,6 +34,28 @@ type agentEventsServer struct {
 
 func (x *agentEventsServer) Send(m *Event) error {
 	return x.StreamServer.SendMsg(m)
+}
+
+type Agent_MirrorPortsServer interface {
+	Send(*ListeningPorts) error
+	Recv() (*ListeningPorts, error)
+	ttrpc.StreamServer
+}
+
+type agentMirrorPortsServer struct {
+	ttrpc.StreamServer
+}
+
+func (x *agentMirrorPortsServer) Send(m *ListeningPorts) error {
+	return x.StreamServer.SendMsg(m)
+}
+
+func (x *agentMirrorPortsServer) Recv() (*ListeningPorts, error) {
+	m := new(ListeningPorts)
+	if err := x.StreamServer.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
@@ -128,6 +151,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				StreamingClient: false,
 				StreamingServer: true,
 			},
+			"MirrorPorts": {
+				Handler: func(ctx context.Context, stream ttrpc.StreamServer) (interface{}, error) {
+					return nil, svc.MirrorPorts(ctx, &agentMirrorPortsServer{stream})
+				},
+				StreamingClient: true,
+				StreamingServer: true,
+			},
 		},
 	})
 }
@@ -144,6 +174,7 @@ type AgentClient interface {
 	ClosePod(context.Context, *Empty) (*Empty, error)
 	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty) (Agent_EventsClient, error)
+	MirrorPorts(context.Context) (Agent_MirrorPortsClient, error)
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
 
@@ -260,6 +291,40 @@ type agentEventsClient struct {
 
 func (x *agentEventsClient) Recv() (*Event, error) {
 	m := new(Event)
+	if err := x.ClientStream.RecvMsg(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (c *agentClient) MirrorPorts(ctx context.Context) (Agent_MirrorPortsClient, error) {
+	stream, err := c.client.NewStream(ctx, &ttrpc.StreamDesc{
+		StreamingClient: true,
+		StreamingServer: true,
+	}, "vmrt.agent.v1.Agent", "MirrorPorts", nil)
+	if err != nil {
+		return nil, err
+	}
+	x := &agentMirrorPortsClient{stream}
+	return x, nil
+}
+
+type Agent_MirrorPortsClient interface {
+	Send(*ListeningPorts) error
+	Recv() (*ListeningPorts, error)
+	ttrpc.ClientStream
+}
+
+type agentMirrorPortsClient struct {
+	ttrpc.ClientStream
+}
+
+func (x *agentMirrorPortsClient) Send(m *ListeningPorts) error {
+	return x.ClientStream.SendMsg(m)
+}
+
+func (x *agentMirrorPortsClient) Recv() (*ListeningPorts, error) {
+	m := new(ListeningPorts)
 	if err := x.ClientStream.RecvMsg(m); err != nil {
 		return nil, err
 	}

@@ -12,7 +12,7 @@ import (
 
 // ProtocolVersion is raised with every change that an older peer would
 // misunderstand. Shim and agent must agree on it exactly.
-const ProtocolVersion = 2
+const ProtocolVersion = 3
 
 // Vsock ports that the agent listens on. The host dials all of them.
 const (
@@ -21,8 +21,8 @@ const (
 	// PortStream takes one connection for each stream; each starts with a
 	// stream header (see StreamHeader).
 	PortStream = 1025
-	// PortDial takes one connection for each one to a port of the guest's
-	// loopback; each starts with a dial request (see WriteDialRequest).
+	// PortDial takes one connection for each one to a TCP port of the guest;
+	// each starts with a dial request (see WriteDialRequest).
 	PortDial = 1026
 )
 
@@ -65,6 +65,9 @@ const (
 	MaxNeighbours = 4096
 	MaxRules      = 1024
 )
+
+// MaxListeningPorts bounds a ListeningPorts.
+const MaxListeningPorts = 1024
 
 // isIdentifier is containerd's rule for container and exec ids, which keeps an id
 // usable as one path element: letters and digits, with single separators between

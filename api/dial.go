@@ -5,22 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"syscall"
 )
 
-// A dial connection is one that the host makes to PortDial. It starts with a
-// request: what to connect to on the guest's loopback. The agent connects and
-// answers; after an answer of success, and only then, bytes follow as they are
-// in both directions. Either side half-closes its stream after the last byte.
-// Closing the connection whole before the stream towards oneself has ended
-// resets it.
-
-// Networks of a dial request, which are names of package net: 127.0.0.1 and
-// ::1 respectively.
-const (
-	DialTCP4 = "tcp4"
-	DialTCP6 = "tcp6"
-)
+// A dial connection starts with a request: what TCP address to connect to on
+// the other side. The host makes them to PortDial, the guest to the host's port
+// once it has been told of ports there (MirrorPorts). The other side connects
+// and answers; after an answer of success, and only then, bytes follow as they
+// are in both directions. Either side half-closes its stream after the last
+// byte. Closing the connection whole before the stream towards oneself has
+// ended resets it.
 
 // MaxDialError bounds the text of a failed dial, in bytes.
 const MaxDialError = 255
@@ -32,43 +27,43 @@ const (
 	dialFailed    = 'e' // one byte length and a text follow
 )
 
-// WriteDialRequest asks for a connection to port. It must come first.
-// Format: one byte, 4 or 6, then the port as a big-endian uint16.
-func WriteDialRequest(w io.Writer, network string, port uint16) error {
-	var b []byte
-	switch network {
-	case DialTCP4:
-		b = append(b, 4)
-	case DialTCP6:
-		b = append(b, 6)
-	default:
-		return fmt.Errorf("dial request for network %q: want %s or %s", network, DialTCP4, DialTCP6)
+// WriteDialRequest asks for a connection to an address. It must come first.
+// Format: one byte, 4 or 6, then the address in as many bytes as it has, then
+// the port as a big-endian uint16.
+func WriteDialRequest(w io.Writer, to netip.AddrPort) error {
+	ip := to.Addr()
+	if !ip.IsValid() || ip.Is4In6() || ip.Zone() != "" || ip.IsUnspecified() || to.Port() == 0 {
+		return fmt.Errorf("dial request for %s: want an address and a port", to)
 	}
-	if port == 0 {
-		return errors.New("dial request for port 0")
+	version := byte(6)
+	if ip.Is4() {
+		version = 4
 	}
-	_, err := w.Write(binary.BigEndian.AppendUint16(b, port))
+	b := append([]byte{version}, ip.AsSlice()...)
+	_, err := w.Write(binary.BigEndian.AppendUint16(b, to.Port()))
 	return err
 }
 
 // ReadDialRequest reads what WriteDialRequest wrote.
-func ReadDialRequest(r io.Reader) (network string, port uint16, err error) {
-	var b [3]byte
-	if _, err := io.ReadFull(r, b[:]); err != nil {
-		return "", 0, fmt.Errorf("read dial request: %w", err)
+func ReadDialRequest(r io.Reader) (netip.AddrPort, error) {
+	var b [1 + 16 + 2]byte
+	if _, err := io.ReadFull(r, b[:1]); err != nil {
+		return netip.AddrPort{}, fmt.Errorf("read dial request: %w", err)
 	}
-	switch b[0] {
-	case 4:
-		network = DialTCP4
-	case 6:
-		network = DialTCP6
-	default:
-		return "", 0, fmt.Errorf("dial request for IP version %d: want 4 or 6", b[0])
+	size := map[byte]int{4: 4, 6: 16}[b[0]]
+	if size == 0 {
+		return netip.AddrPort{}, fmt.Errorf("dial request for IP version %d: want 4 or 6", b[0])
 	}
-	if port = binary.BigEndian.Uint16(b[1:]); port == 0 {
-		return "", 0, errors.New("dial request for port 0")
+	rest := b[1 : 1+size+2]
+	if _, err := io.ReadFull(r, rest); err != nil {
+		return netip.AddrPort{}, fmt.Errorf("read dial request: %w", err)
 	}
-	return network, port, nil
+	ip, _ := netip.AddrFromSlice(rest[:size])
+	to := netip.AddrPortFrom(ip, binary.BigEndian.Uint16(rest[size:]))
+	if ip.Is4In6() || ip.IsUnspecified() || to.Port() == 0 {
+		return netip.AddrPort{}, fmt.Errorf("dial request for %s: want an address and a port", to)
+	}
+	return to, nil
 }
 
 // WriteDialAnswer answers a dial request: with success if failure is nil.
@@ -89,8 +84,8 @@ func WriteDialAnswer(w io.Writer, failure error) error {
 }
 
 // ReadDialAnswer reads what WriteDialAnswer wrote and returns the failure,
-// which is syscall.ECONNREFUSED where nobody listens. Text of the guest's is
-// quoted in ASCII.
+// which is syscall.ECONNREFUSED where nobody listens. Text of the
+// other side's is quoted in ASCII.
 func ReadDialAnswer(r io.Reader) error {
 	var b [1]byte
 	if _, err := io.ReadFull(r, b[:]); err != nil {
@@ -109,7 +104,7 @@ func ReadDialAnswer(r io.Reader) error {
 		if _, err := io.ReadFull(r, text); err != nil {
 			return fmt.Errorf("read answer: %w", err)
 		}
-		return fmt.Errorf("the guest says %+q", text)
+		return fmt.Errorf("the other side says %+q", text)
 	}
 	return fmt.Errorf("answer %#x is unknown", b[0])
 }

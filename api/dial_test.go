@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
@@ -13,33 +14,40 @@ import (
 
 func TestDialRequest(t *testing.T) {
 	for _, tc := range []struct {
-		network string
-		port    uint16
-		want    string // on the wire
+		to   string
+		want string // on the wire
 	}{
-		{api.DialTCP4, 80, "\x04\x00\x50"},
-		{api.DialTCP6, 65535, "\x06\xff\xff"},
-		{api.DialTCP4, 0, ""},
-		{"tcp", 80, ""},
-		{"udp4", 53, ""},
-		{"", 80, ""},
+		{"127.0.0.1:80", "\x04\x7f\x00\x00\x01\x00\x50"},
+		{"[::1]:65535", "\x06" + strings.Repeat("\x00", 15) + "\x01\xff\xff"},
+		{"192.0.2.1:0", ""},
+		{"0.0.0.0:80", ""},
+		{"[::]:80", ""},
+		{"[::ffff:192.0.2.1]:80", ""},
+		{"[fe80::1%eth0]:80", ""},
 	} {
+		to := netip.MustParseAddrPort(tc.to)
 		var b bytes.Buffer
-		err := api.WriteDialRequest(&b, tc.network, tc.port)
+		err := api.WriteDialRequest(&b, to)
 		if b.String() != tc.want || (err == nil) != (tc.want != "") {
-			t.Errorf("WriteDialRequest(%q, %d) = %v, wrote %q; want %q", tc.network, tc.port, err, b.String(), tc.want)
+			t.Errorf("WriteDialRequest(%s) = %v, wrote %q; want %q", to, err, b.String(), tc.want)
 		}
 		if tc.want == "" {
 			continue
 		}
-		network, port, err := api.ReadDialRequest(&b)
-		if network != tc.network || port != tc.port || err != nil {
-			t.Errorf("ReadDialRequest(%q) = %q, %d, %v; want %q, %d", tc.want, network, port, err, tc.network, tc.port)
+		if got, err := api.ReadDialRequest(&b); got != to || err != nil {
+			t.Errorf("ReadDialRequest(%q) = %s, %v; want %s", tc.want, got, err, to)
 		}
 	}
-	for _, s := range []string{"", "\x04", "\x04\x00", "\x05\x00\x50", "\x04\x00\x00"} {
-		if network, port, err := api.ReadDialRequest(strings.NewReader(s)); err == nil {
-			t.Errorf("ReadDialRequest(%q) = %q, %d; want an error", s, network, port)
+	if err := api.WriteDialRequest(new(bytes.Buffer), netip.AddrPort{}); err == nil {
+		t.Error("WriteDialRequest of no address = nil; want an error")
+	}
+	for _, s := range []string{
+		"", "\x04", "\x04\x7f\x00\x00\x01\x00", "\x05\x7f\x00\x00\x01\x00\x50", "\x04\x7f\x00\x00\x01\x00\x00",
+		"\x04\x00\x00\x00\x00\x00\x50", "\x06" + strings.Repeat("\x00", 16) + "\x00\x50",
+		"\x06" + strings.Repeat("\x00", 10) + "\xff\xff\x7f\x00\x00\x01\x00\x50",
+	} {
+		if to, err := api.ReadDialRequest(strings.NewReader(s)); err == nil {
+			t.Errorf("ReadDialRequest(%q) = %s; want an error", s, to)
 		}
 	}
 }
@@ -51,9 +59,9 @@ func TestDialAnswer(t *testing.T) {
 	}{
 		{nil, ""},
 		{fmt.Errorf("connect: %w", syscall.ECONNREFUSED), "connection refused"},
-		{errors.New("no"), `the guest says "no"`},
-		{errors.New("a\nb\x1b[2J\u202e"), `the guest says "a\nb\x1b[2J\u202e"`},
-		{errors.New(strings.Repeat("x", 1000)), `the guest says "` + strings.Repeat("x", api.MaxDialError) + `"`},
+		{errors.New("no"), `the other side says "no"`},
+		{errors.New("a\nb\x1b[2J\u202e"), `the other side says "a\nb\x1b[2J\u202e"`},
+		{errors.New(strings.Repeat("x", 1000)), `the other side says "` + strings.Repeat("x", api.MaxDialError) + `"`},
 	} {
 		var b bytes.Buffer
 		if err := api.WriteDialAnswer(&b, tc.failure); err != nil {
@@ -79,18 +87,18 @@ func TestDialAnswer(t *testing.T) {
 
 // FuzzDialRequest: what is accepted is what would be written for it.
 func FuzzDialRequest(f *testing.F) {
-	for _, s := range []string{"", "\x04\x00\x50", "\x06\xff\xffmore", "\x09\x00\x00"} {
+	for _, s := range []string{"", "\x04\x7f\x00\x00\x01\x00\x50", "\x06" + strings.Repeat("\x01", 18) + "more", "\x09\x00\x00"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := bytes.NewReader(in)
-		network, port, err := api.ReadDialRequest(r)
+		to, err := api.ReadDialRequest(r)
 		if err != nil {
 			return
 		}
 		var b bytes.Buffer
-		if err := api.WriteDialRequest(&b, network, port); err != nil || !bytes.Equal(b.Bytes(), in[:len(in)-r.Len()]) {
-			t.Errorf("ReadDialRequest(%q) = %q, %d, which is written %q, %v", in, network, port, b.Bytes(), err)
+		if err := api.WriteDialRequest(&b, to); err != nil || !bytes.Equal(b.Bytes(), in[:len(in)-r.Len()]) {
+			t.Errorf("ReadDialRequest(%q) = %s, which is written %q, %v", in, to, b.Bytes(), err)
 		}
 	})
 }

@@ -33,12 +33,12 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/agent/boot"
-	"github.com/vmrt/vmrt/pkg/agent/dial"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/halt"
 	"github.com/vmrt/vmrt/pkg/agent/pod"
 	"github.com/vmrt/vmrt/pkg/agent/stdio"
 	guesttask "github.com/vmrt/vmrt/pkg/agent/task"
+	"github.com/vmrt/vmrt/pkg/dial"
 )
 
 // The collector runs often rather than letting the heap of an idle pod's
@@ -92,7 +92,7 @@ func Run(version string) error {
 	setLogLevel(cmdline.Debug)
 	reaped := reap()
 	booted := make(chan struct{})
-	a, err := newAgent(booted, func() { halt.PowerOff(reaped) })
+	a, err := newAgent(cmdline.Port, booted, func() { halt.PowerOff(reaped) })
 	if err != nil {
 		return err
 	}
@@ -164,8 +164,8 @@ type agent struct {
 	dials   *dial.Server
 }
 
-// newAgent starts the task service. Containers are created after booted.
-func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
+// newAgent starts the task service. hostPort is where the host listens. Containers are created after booted.
+func newAgent(hostPort uint32, booted <-chan struct{}, powerOff func()) (*agent, error) {
 	if err := os.MkdirAll(fifos, 0o700); err != nil {
 		return nil, err
 	}
@@ -184,8 +184,10 @@ func newAgent(booted <-chan struct{}, powerOff func()) (*agent, error) {
 		return nil, err
 	}
 	taskapi.RegisterTTRPCTaskService(server, wrapped)
-	api.RegisterAgentService(server, &service{events: queue, pod: pod.New(), powerOff: powerOff})
-	return &agent{rpc: server, streams: streams, dials: dial.NewServer(dial.DefaultLimits())}, nil
+	api.RegisterAgentService(server, &service{
+		events: queue, pod: pod.New(), powerOff: powerOff, hostPort: hostPort, booted: booted,
+	})
+	return &agent{rpc: server, streams: streams, dials: dial.NewServer(dial.Limits())}, nil
 }
 
 // serve starts to serve all ports. The channel has the first failure.

@@ -16,7 +16,7 @@ func Serve(rpc, streams, dials net.Listener, powerOff func()) error {
 	}
 	booted := make(chan struct{})
 	close(booted)
-	a, err := newAgent(booted, powerOff)
+	a, err := newAgent(0, booted, powerOff)
 	if err != nil {
 		return err
 	}

@@ -34,6 +34,10 @@ type service struct {
 
 	network network.Network
 
+	hostPort uint32
+	booted   <-chan struct{} // closed when the machine is complete
+	mirrorMu sync.Mutex      // for as long as ports are mirrored
+
 	cpuMu sync.Mutex // for the whole of a change of CPUs
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -71,9 +72,9 @@ func testContext(t *testing.T) context.Context {
 
 func TestDial(t *testing.T) {
 	a := newAgent(t, func(c net.Conn) {
-		network, port, err := api.ReadDialRequest(c)
-		if network != "tcp6" || port != 8080 || err != nil {
-			t.Errorf("request = %q, %d, %v; want tcp6, 8080", network, port, err)
+		to, err := api.ReadDialRequest(c)
+		if to != netip.MustParseAddrPort("[::1]:8080") || err != nil {
+			t.Errorf("request = %s, %v; want [::1]:8080", to, err)
 		}
 		api.WriteDialAnswer(c, nil)
 		io.Copy(c, c)
@@ -104,19 +105,19 @@ func TestFailures(t *testing.T) {
 		refused bool
 	}{
 		{"refused", func(c net.Conn) { api.WriteDialAnswer(c, syscall.ECONNREFUSED) }, "tcp4",
-			"dial guest tcp4 port 80: connection refused", true},
+			"dial guest 127.0.0.1:80: connection refused", true},
 		{"failed", func(c net.Conn) { api.WriteDialAnswer(c, errors.New("too many connections")) }, "tcp4",
-			`dial guest tcp4 port 80: the guest says "too many connections"`, false},
+			`dial guest 127.0.0.1:80: the other side says "too many connections"`, false},
 		{"nonsense", func(c net.Conn) { io.WriteString(c, "?") }, "tcp4",
-			"dial guest tcp4 port 80: answer 0x3f is unknown", false},
+			"dial guest 127.0.0.1:80: answer 0x3f is unknown", false},
 		{"cut", func(c net.Conn) { io.WriteString(c, "e\x09abc") }, "tcp4",
-			"dial guest tcp4 port 80: read answer: unexpected EOF", false},
+			"dial guest 127.0.0.1:80: read answer: unexpected EOF", false},
 		{"network", func(net.Conn) {}, "udp",
-			`dial guest udp port 80: dial request for network "udp": want tcp4 or tcp6`, false},
+			`dial guest by network "udp": want tcp4 or tcp6`, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a := newAgent(t, func(c net.Conn) {
-				if _, _, err := api.ReadDialRequest(c); err == nil {
+				if _, err := api.ReadDialRequest(c); err == nil {
 					tc.serve(c)
 				}
 			})

@@ -45,13 +45,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmrt/vmrt/pkg/forward"
 	"github.com/vmrt/vmrt/pkg/relay"
 )
 
@@ -78,17 +77,9 @@ type Pod interface {
 
 // Forwarder serves one pod.
 type Forwarder struct {
-	dial      DialFunc
-	listeners []*net.TCPListener
-	steering  *steering
-
-	ctx     context.Context // of dials, ends with Close
-	cancel  context.CancelFunc
-	slots   chan struct{}
-	running sync.WaitGroup
-
-	mu    sync.Mutex
-	conns map[net.Conn]struct{} // nil once closed
+	dial     DialFunc
+	server   *forward.Server
+	steering *steering
 }
 
 // Start begins to serve the pod. ctx bounds Start alone.
@@ -116,13 +107,11 @@ func start(ctx context.Context, pod Pod, dial DialFunc) (*Forwarder, error) {
 		return nil, err
 	}
 	f := &Forwarder{
-		dial: dial, listeners: ns.listeners, steering: steering,
-		slots: make(chan struct{}, MaxConns),
-		conns: make(map[net.Conn]struct{}),
+		dial: dial, steering: steering,
+		server: forward.New(forward.Config{Name: "port-forward", MaxConns: MaxConns, DialTimeout: DialTimeout}),
 	}
-	f.ctx, f.cancel = context.WithCancel(context.Background())
-	for _, l := range f.listeners {
-		f.running.Go(func() { f.accept(l) })
+	for _, l := range ns.listeners {
+		f.server.Serve(l, f.connect)
 	}
 	return f, nil
 }
@@ -130,96 +119,22 @@ func start(ctx context.Context, pod Pod, dial DialFunc) (*Forwarder, error) {
 // Close stops to take connections, resets those that there are, and returns
 // when nothing runs any more and nothing is attached. Idempotent.
 func (f *Forwarder) Close() error {
-	f.cancel()
 	// First of all, so that what comes from now on finds nobody.
-	err := f.steering.Close()
-	for _, l := range f.listeners {
-		if cerr := l.Close(); cerr != nil && !errors.Is(cerr, net.ErrClosed) {
-			err = errors.Join(err, cerr)
-		}
-	}
-	f.mu.Lock()
-	conns := f.conns
-	f.conns = nil
-	f.mu.Unlock()
-	for c := range conns {
-		relay.Abort(c)
-	}
-	f.running.Wait()
-	if err != nil {
+	if err := errors.Join(f.steering.Close(), f.server.Close()); err != nil {
 		return fmt.Errorf("close port-forward: %w", err)
 	}
 	return nil
 }
 
-// acceptPause lets a shortage pass.
-const acceptPause = 20 * time.Millisecond
-
-func (f *Forwarder) accept(l *net.TCPListener) {
-	network := "tcp4"
-	if l.Addr().(*net.TCPAddr).IP.To4() == nil {
-		network = "tcp6"
-	}
-	for {
-		conn, err := l.AcceptTCP()
-		if f.ctx.Err() != nil {
-			if err == nil {
-				relay.Abort(conn)
-			}
-			return
-		}
-		if err != nil {
-			log.L.WithError(err).Warn("accept a port-forward connection")
-			select {
-			case <-time.After(acceptPause):
-			case <-f.ctx.Done():
-			}
-			continue
-		}
-		select {
-		case f.slots <- struct{}{}:
-			f.running.Go(func() {
-				defer func() { <-f.slots }()
-				f.forward(conn, network)
-			})
-		default:
-			log.L.Warnf("port-forward connection to %s dropped: %d are open", conn.LocalAddr(), MaxConns)
-			relay.Abort(conn)
-		}
-	}
-}
-
-// forward serves one connection to its end.
-func (f *Forwarder) forward(conn *net.TCPConn, network string) {
-	defer f.untrack(conn)
-	if !f.track(conn) {
-		relay.Abort(conn)
-		return
-	}
-	port := uint16(conn.LocalAddr().(*net.TCPAddr).Port)
-	guest, err := f.connect(network, port)
-	if err != nil {
-		log.L.WithError(err).Debugf("port-forward to port %d", port)
-		relay.Abort(conn)
-		return
-	}
-	defer f.untrack(guest)
-	if !f.track(guest) {
-		relay.Abort(guest)
-		relay.Abort(conn)
-		return
-	}
-	if err := relay.Join(conn, guest); err != nil {
-		log.L.WithError(err).Debugf("port-forward to port %d", port)
-	}
-}
-
 // connect dials the guest.
-func (f *Forwarder) connect(network string, port uint16) (Conn, error) {
-	ctx, cancel := context.WithTimeout(f.ctx, DialTimeout)
-	defer cancel()
-	guest, err := f.dial(ctx, network, port)
-	if err == nil || network != "tcp4" || ctx.Err() != nil {
+func (f *Forwarder) connect(ctx context.Context, accepted *net.TCPConn) (relay.Conn, error) {
+	local := accepted.LocalAddr().(*net.TCPAddr)
+	port := uint16(local.Port)
+	if local.IP.To4() == nil {
+		return f.dial(ctx, "tcp6", port)
+	}
+	guest, err := f.dial(ctx, "tcp4", port)
+	if err == nil || ctx.Err() != nil {
 		return guest, err
 	}
 	guest, err6 := f.dial(ctx, "tcp6", port)
@@ -227,23 +142,6 @@ func (f *Forwarder) connect(network string, port uint16) (Conn, error) {
 		return nil, errors.Join(err, err6)
 	}
 	return guest, nil
-}
-
-// track has Close abort c. It reports whether Close was not called yet.
-func (f *Forwarder) track(c net.Conn) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.conns == nil {
-		return false
-	}
-	f.conns[c] = struct{}{}
-	return true
-}
-
-func (f *Forwarder) untrack(c net.Conn) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.conns, c)
 }
 
 // ErrNotSupported is what every UnsupportedError is.

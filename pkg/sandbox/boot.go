@@ -131,7 +131,11 @@ func (s *Sandbox) setUpGuest(ctx context.Context) error {
 		_, err = s.Agent().OpenPod(ctx, s.cfg.Pod)
 		err = wrap("make the pod's namespaces in guest", err)
 	}
-	if err == nil && s.cfg.Pod != nil && s.host == nil {
+	switch {
+	case err != nil:
+	case s.host != nil:
+		err = s.host.mirror(ctx, s)
+	case s.cfg.Pod != nil:
 		err = s.forwardPorts(ctx)
 	}
 	return errors.Join(err, <-online)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
-	"github.com/vmrt/vmrt/pkg/agent/dial"
+	"github.com/vmrt/vmrt/pkg/dial"
 )
 
 // patience bounds what a test waits for; nothing waits that long when it works.
@@ -28,7 +29,7 @@ type host struct {
 	addr string
 }
 
-func newHost(t *testing.T, l dial.Limits) *host {
+func newHost(t *testing.T, cfg dial.Config) *host {
 	t.Helper()
 	h := &host{t, filepath.Join(t.TempDir(), "s")}
 	listener, err := net.Listen("unix", h.addr)
@@ -36,7 +37,7 @@ func newHost(t *testing.T, l dial.Limits) *host {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
-	go func() { served <- dial.NewServer(l).Serve(listener) }()
+	go func() { served <- dial.NewServer(cfg).Serve(listener) }()
 	t.Cleanup(func() {
 		listener.Close()
 		select {
@@ -63,11 +64,20 @@ func (h *host) connect() *net.UnixConn {
 	return c.(*net.UnixConn)
 }
 
-// dial asks for a port.
+// dial asks for a port of loopback.
 func (h *host) dial(network string, port int) (*net.UnixConn, error) {
 	h.t.Helper()
+	ip := netip.MustParseAddr("127.0.0.1")
+	if network == "tcp6" {
+		ip = netip.IPv6Loopback()
+	}
+	return h.dialAddr(netip.AddrPortFrom(ip, uint16(port)))
+}
+
+func (h *host) dialAddr(to netip.AddrPort) (*net.UnixConn, error) {
+	h.t.Helper()
 	c := h.connect()
-	if err := api.WriteDialRequest(c, network, uint16(port)); err != nil {
+	if err := api.WriteDialRequest(c, to); err != nil {
 		h.t.Fatal(err)
 	}
 	return c, api.ReadDialAnswer(c)
@@ -109,7 +119,7 @@ func TestFamilies(t *testing.T) {
 	four := listen(t, "tcp4", "127.0.0.1:0", upper)
 	six := listen(t, "tcp6", "[::1]:0", upper)
 	both := listen(t, "tcp", "[::]:0", upper)
-	h := newHost(t, dial.DefaultLimits())
+	h := newHost(t, dial.Limits())
 	for _, tc := range []struct {
 		name, network string
 		port          int
@@ -149,7 +159,7 @@ func TestFamilies(t *testing.T) {
 // The host gets what the server says first right behind the answer.
 func TestServerSpeaksFirst(t *testing.T) {
 	port := listen(t, "tcp4", "127.0.0.1:0", func(c *net.TCPConn) { io.WriteString(c, "220 ready") })
-	c, err := newHost(t, dial.DefaultLimits()).dial("tcp4", port)
+	c, err := newHost(t, dial.Limits()).dial("tcp4", port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +173,7 @@ func TestServerResets(t *testing.T) {
 		io.ReadFull(c, make([]byte, 1))
 		c.SetLinger(0)
 	})
-	c, err := newHost(t, dial.DefaultLimits()).dial("tcp4", port)
+	c, err := newHost(t, dial.Limits()).dial("tcp4", port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +190,7 @@ func TestHostAbandons(t *testing.T) {
 		_, err := io.ReadAll(c)
 		result <- err
 	})
-	c, err := newHost(t, dial.DefaultLimits()).dial("tcp4", port)
+	c, err := newHost(t, dial.Limits()).dial("tcp4", port)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +201,7 @@ func TestHostAbandons(t *testing.T) {
 }
 
 func TestRequestsThatAreNone(t *testing.T) {
-	limits := dial.DefaultLimits()
+	limits := dial.Limits()
 	limits.Request = 100 * time.Millisecond
 	h := newHost(t, limits)
 	for _, s := range []string{"", "\x04", "\x07\x00\x50", "\x04\x00\x00", "GET / HTTP/1.0\r\n\r\n"} {
@@ -218,7 +228,7 @@ func TestConnectTimeout(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	limits := dial.DefaultLimits()
+	limits := dial.Limits()
 	limits.Connect = 200 * time.Millisecond
 	h := newHost(t, limits)
 	for range 3 { // the first ones fit
@@ -235,7 +245,7 @@ func TestConnectTimeout(t *testing.T) {
 func TestTooMany(t *testing.T) {
 	const conns = 5
 	port := listen(t, "tcp4", "127.0.0.1:0", upper)
-	limits := dial.DefaultLimits()
+	limits := dial.Limits()
 	limits.Conns = conns
 	h := newHost(t, limits)
 	open := make([]*net.UnixConn, conns)
@@ -270,5 +280,31 @@ func TestTooMany(t *testing.T) {
 	}
 	for _, c := range open {
 		c.Close()
+	}
+}
+
+func TestAllow(t *testing.T) {
+	port := listen(t, "tcp4", "127.0.0.2:0", func(c *net.TCPConn) { io.WriteString(c, "hello") })
+	allowed := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), uint16(port))
+	cfg := dial.Limits()
+	cfg.Allow = func(to netip.AddrPort) error {
+		if to != allowed {
+			return errors.New("not that one")
+		}
+		return nil
+	}
+	h := newHost(t, cfg)
+	c, err := h.dialAddr(allowed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); string(got) != "hello" || err != nil {
+		t.Errorf("what was allowed says %q, %v; want hello", got, err)
+	}
+	for _, other := range []string{"127.0.0.1", "::1"} {
+		to := netip.AddrPortFrom(netip.MustParseAddr(other), uint16(port))
+		if _, err := h.dialAddr(to); err == nil || !strings.Contains(err.Error(), "not that one") {
+			t.Errorf("dial of %s = %v; want what Allow says", to, err)
+		}
 	}
 }

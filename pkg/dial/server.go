@@ -1,13 +1,15 @@
 //go:build linux
 
-// Package dial connects the host to TCP ports on the guest's loopback. Each
-// connection that it serves asks for one port (see api.PortDial) and is then
-// relayed to it.
+// Package dial is how one side of a virtual machine connects to TCP ports of
+// the other: a connection between the two asks for an address (see
+// api.WriteDialRequest), and is then relayed to it. The guest has a Server for
+// the host and, in pods with the host's network, the host has one for the
+// guest.
 //
-// Contract. Only 127.0.0.1 and ::1 of the network namespace that the process
-// is in can be asked for. The number of connections, the time for a request
-// and the time to connect are bounded; a connection that is relayed has no
-// time limit.
+// Contract. Only addresses that Config.Allow permits can be asked for, as the
+// network namespace that the process is in has them. The number of
+// connections, the time for a request and the time to connect are bounded; a
+// connection that is relayed has no time limit.
 //
 // Not guaranteed: any order between connections, and that a container which
 // has a network namespace of its own is reached.
@@ -18,7 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strconv"
+	"net/netip"
 	"sync"
 	"syscall"
 	"time"
@@ -30,8 +32,11 @@ import (
 	"github.com/vmrt/vmrt/pkg/relay"
 )
 
-// Limits bound what the host can make the agent hold.
-type Limits struct {
+// Config says what a server does for the other side.
+type Config struct {
+	// Allow returns an error for an address that may not be asked for. Nil:
+	// all may. It is called from any goroutine.
+	Allow func(to netip.AddrPort) error
 	// Conns is the most connections at once.
 	Conns int
 	// Request bounds the time until a request was read, and until its answer
@@ -41,10 +46,11 @@ type Limits struct {
 	Connect time.Duration
 }
 
-// DefaultLimits returns the limits that the agent runs with. The host has a
-// lower bound of connections, and a longer one of time.
-func DefaultLimits() Limits {
-	return Limits{Conns: 1024, Request: 10 * time.Second, Connect: 5 * time.Second}
+// Limits returns a Config without a restriction of addresses, with the limits
+// that the agent runs with. The host has a lower bound of connections, and a
+// longer one of time.
+func Limits() Config {
+	return Config{Conns: 1024, Request: 10 * time.Second, Connect: 5 * time.Second}
 }
 
 // errTooMany is the answer to a connection above the limit.
@@ -52,17 +58,17 @@ var errTooMany = errors.New("too many connections")
 
 // Server serves dial connections. It may be used from any goroutine.
 type Server struct {
-	limits Limits
+	cfg    Config
 	dialer net.Dialer
 	slots  chan struct{}
 }
 
 // NewServer returns a server without connections.
-func NewServer(l Limits) *Server {
+func NewServer(cfg Config) *Server {
 	return &Server{
-		limits: l,
-		dialer: net.Dialer{Timeout: l.Connect, KeepAlive: -1},
-		slots:  make(chan struct{}, l.Conns),
+		cfg:    cfg,
+		dialer: net.Dialer{Timeout: cfg.Connect, KeepAlive: -1},
+		slots:  make(chan struct{}, cfg.Conns),
 	}
 }
 
@@ -99,7 +105,7 @@ func (s *Server) Serve(l net.Listener) error {
 				s.handle(conn)
 			})
 		default:
-			log.L.Warnf("dial dropped: %d connections are open", s.limits.Conns)
+			log.L.Warnf("dial dropped: %d connections are open", s.cfg.Conns)
 			refuse(conn)
 		}
 	}
@@ -138,21 +144,22 @@ func (s *Server) handle(conn relay.Conn) {
 
 // connect reads the request, connects, and answers.
 func (s *Server) connect(conn net.Conn) (relay.Conn, error) {
-	conn.SetDeadline(time.Now().Add(s.limits.Request))
-	network, number, err := api.ReadDialRequest(conn)
+	conn.SetDeadline(time.Now().Add(s.cfg.Request))
+	to, err := api.ReadDialRequest(conn)
 	if err != nil {
 		return nil, err
 	}
-	host := "127.0.0.1"
-	if network == api.DialTCP6 {
-		host = "::1"
+	var port net.Conn
+	if s.cfg.Allow != nil {
+		err = s.cfg.Allow(to)
 	}
-	address := net.JoinHostPort(host, strconv.Itoa(int(number)))
-	port, err := s.dialer.DialContext(context.Background(), network, address)
-	conn.SetDeadline(time.Now().Add(s.limits.Request))
+	if err == nil {
+		port, err = s.dialer.DialContext(context.Background(), "tcp", to.String())
+	}
+	conn.SetDeadline(time.Now().Add(s.cfg.Request))
 	if werr := api.WriteDialAnswer(conn, err); werr != nil && err == nil {
 		relay.Abort(port)
-		err = fmt.Errorf("answer dial of %s: %w", address, werr)
+		err = fmt.Errorf("answer dial of %s: %w", to, werr)
 	}
 	if err != nil {
 		return nil, err
