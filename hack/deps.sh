@@ -14,7 +14,8 @@ HACK=$(cd "$(dirname "$0")" && pwd)
 # The packages by what they are for.
 build=(ca-certificates)
 demo=(busybox-static iproute2 kmod mount qemu-system-x86 util-linux)
-test=(e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev pkg-config procps qemu-utils tini)
+# passt is for containers and pods with the host's network alone.
+test=(e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev passt pkg-config procps qemu-utils tini)
 
 # virtiofsd is a package of its own since Debian 13.
 [[ -x /usr/lib/qemu/virtiofsd ]] || ! apt-cache show virtiofsd >/dev/null 2>&1 || demo+=(virtiofsd)

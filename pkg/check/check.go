@@ -42,6 +42,7 @@ func Run(ctx context.Context, path string) []Result {
 		shim(),
 		lookup("qemu", settings.FindQEMU),
 		lookup("virtiofsd", settings.FindVirtiofsd),
+		passt(settings),
 		guest(settings),
 		accelerator(ctx, settings),
 		transport(settings),
@@ -73,6 +74,15 @@ func shim() Result {
 func lookup(name string, find func() (string, error)) Result {
 	path, err := find()
 	return Result{Name: name, Found: path, Err: err}
+}
+
+// passt need not be there.
+func passt(settings *config.Config) Result {
+	path, err := settings.FindPasst()
+	if err != nil && settings.Passt == "" {
+		return Result{Name: "passt", Found: "none: no pods with the host's network"}
+	}
+	return Result{Name: "passt", Found: path, Err: err}
 }
 
 func guest(settings *config.Config) Result {

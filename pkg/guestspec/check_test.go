@@ -19,7 +19,11 @@ func TestCheck(t *testing.T) {
 		{"no process", func(s *specs.Spec) { s.Process = nil }, true},
 		{"no root", func(s *specs.Spec) { s.Root = nil }, true},
 		{"no linux", func(s *specs.Spec) { s.Linux = nil }, true},
-		{"host network", func(s *specs.Spec) { s.Linux.Namespaces = []specs.LinuxNamespace{{Type: specs.MountNamespace}} }, true},
+		{"host network", func(s *specs.Spec) { s.Linux.Namespaces = []specs.LinuxNamespace{{Type: specs.MountNamespace}} }, false},
+		{"sysctl of the host's network", func(s *specs.Spec) {
+			s.Linux.Namespaces = []specs.LinuxNamespace{{Type: specs.MountNamespace}}
+			s.Linux.Sysctl = map[string]string{"net.ipv4.ip_forward": "1"}
+		}, true},
 		{"propagation", func(s *specs.Spec) { s.Linux.RootfsPropagation = "odd" }, true},
 		{"resources", func(s *specs.Spec) { s.Linux.Resources = &specs.LinuxResources{Unified: map[string]string{"x": "1"}} }, true},
 		{"no resources", func(s *specs.Spec) { s.Linux.Resources = nil }, false},

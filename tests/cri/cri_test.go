@@ -34,6 +34,12 @@ func start(t *testing.T, mode string) *env.Env {
 // startCRI starts an environment with vmrt as the runtime of all pods.
 func startCRI(t testing.TB, cri env.CRI) *env.Env {
 	t.Helper()
+	return startWith(t, cri, "")
+}
+
+// startWith is startCRI with a configuration of the runtime.
+func startWith(t *testing.T, cri env.CRI, config string) *env.Env {
+	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
 	root, err := tools.Root()
@@ -49,7 +55,7 @@ func startCRI(t testing.TB, cri env.CRI) *env.Env {
 		t.Fatal(err)
 	}
 	cri.Runtime, cri.Images = "vmrt", []image.Image{busybox}
-	return env.ForTest(t, env.Config{BinDirs: []string{bin}, CRI: &cri})
+	return env.ForTest(t, env.Config{BinDirs: []string{bin}, CRI: &cri, VMRT: config})
 }
 
 // pod is a pod of a test, removed at its end.
