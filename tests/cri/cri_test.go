@@ -38,7 +38,7 @@ func startCRI(t testing.TB, cri env.CRI) *env.Env {
 }
 
 // startWith is startCRI with a configuration of the runtime.
-func startWith(t *testing.T, cri env.CRI, config string) *env.Env {
+func startWith(t testing.TB, cri env.CRI, config string) *env.Env {
 	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
