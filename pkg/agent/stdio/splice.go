@@ -48,9 +48,16 @@ func spliceFrom(conn, pipe syscall.Conn) (ok bool, err error) {
 func spliceOnce(src, dst syscall.RawConn) (n int64, full bool, err error) {
 	waitErr := src.Read(func(fd uintptr) bool {
 		ctlErr := dst.Control(func(pipe uintptr) {
-			n, err = splice(int(fd), int(pipe))
-			if err == unix.EAGAIN {
-				full = !writable(int(pipe))
+			for {
+				n, err = splice(int(fd), int(pipe))
+				if err != unix.EAGAIN {
+					return
+				}
+				if full = !writable(int(pipe)); full || !readable(int(fd)) {
+					return
+				}
+				// The pipe was full and is not any more. To wait for bytes
+				// would be to wait for ever: they are there.
 			}
 		})
 		if ctlErr != nil {

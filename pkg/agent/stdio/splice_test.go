@@ -119,3 +119,37 @@ func check(t *testing.T, r io.Reader, want []byte) {
 		t.Errorf("%d bytes arrived, %v; want the %d that were sent", len(got), err, len(want))
 	}
 }
+
+// A pipe may get room between a splice that found none and the look at why: the
+// rest of the bytes is then there already, and nothing will tell of it again.
+func TestSpliceInKeepsGoing(t *testing.T) {
+	const size, rounds = 64 << 10, 3000
+	agent, host := connPair(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	fed := make(chan error, 1)
+	go func() {
+		_, err := spliceFrom(agent, w)
+		w.Close()
+		fed <- err
+	}()
+	r.SetReadDeadline(time.Now().Add(20 * time.Second))
+	message, buf := noise(2*size), make([]byte, 2*size)
+	for i := range rounds {
+		// More than the pipe holds, and no more until all has arrived.
+		n := size + 4096*(i%16)
+		if _, err := host.Write(message[:n]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(r, buf[:n]); err != nil {
+			t.Fatalf("round %d: %v; want %d bytes", i, err, n)
+		}
+	}
+	host.CloseWrite()
+	if err := <-fed; err != nil {
+		t.Errorf("spliceFrom = %v; want nil", err)
+	}
+}
