@@ -26,6 +26,8 @@ type container struct {
 	// spec is as containerd wrote it; read only.
 	spec *specs.Spec
 	init *process
+	// known is closed once requests about the container are answered.
+	known chan struct{}
 	// isPod is true for the container by which CRI names a pod, whose process
 	// the virtual machine is in place of.
 	isPod bool

@@ -91,12 +91,13 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	if err := guestspec.Check(guestspec.Input{ID: r.ID, Bundle: r.Bundle, Spec: spec}); err != nil {
 		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
 	}
+	known := make(chan struct{})
 	c := &container{
-		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{},
+		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{}, known: known,
 		init: newProcess("", stdio.Config{
 			Namespace: s.namespace, ID: r.ID,
 			Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
-			Streaming: s.streaming,
+			Streaming: s.streaming, StdinAfter: known,
 		}),
 	}
 	s.mu.Lock()
@@ -177,6 +178,7 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 // created announces a container that was created.
 func (s *service) created(ctx context.Context, sb *sandbox.Sandbox, c *container) {
 	c.init.setState(statusCreated)
+	close(c.known)
 	s.saveState()
 	s.events.send(&eventstypes.TaskCreate{
 		ContainerID: c.id, Bundle: c.bundle, Pid: c.pid(),

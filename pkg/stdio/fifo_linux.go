@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -61,47 +62,88 @@ func (h *handle) hold(flag int) (*os.File, error) {
 
 // fileInput is a FIFO, or any file.
 type fileInput struct {
-	r *os.File
+	h *handle
+	// after delays the opening until it is closed; nil does not.
+	after <-chan struct{}
+	done  chan struct{} // closed by close
+
+	mu               sync.Mutex
+	released, closed bool
+	r                *os.File // nil before the opening
 	// writer is a write end of the FIFO: while it is open the FIFO does not
-	// end, whatever clients come and go. Nil with other files.
+	// end, whatever clients come and go. Nil with other files, and once
+	// released.
 	writer *os.File
 }
 
-// openFile does not wait for a writer.
-func openFile(path string) (*fileInput, error) {
+// newFileInput makes sure of the file, and opens it unless that is to be done
+// after something else. It does not wait for a writer.
+func newFileInput(path string, after <-chan struct{}) (*fileInput, error) {
 	h, err := openHandle(path)
 	if err != nil {
 		return nil, err
 	}
-	defer h.close()
-	r, err := h.open(os.O_RDONLY | unix.O_NONBLOCK)
-	if err != nil {
-		return nil, err
-	}
-	in := &fileInput{r: r}
-	if h.fifo {
-		widen(r)
-		if in.writer, err = h.hold(unix.O_WRONLY); err != nil {
-			r.Close()
+	in := &fileInput{h: h, after: after, done: make(chan struct{})}
+	if after == nil {
+		if err := in.open(); err != nil {
+			in.close()
 			return nil, err
 		}
 	}
 	return in, nil
 }
 
+func (in *fileInput) open() error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return os.ErrClosed
+	}
+	if in.r != nil {
+		return nil
+	}
+	r, err := in.h.open(os.O_RDONLY | unix.O_NONBLOCK)
+	if err != nil {
+		return err
+	}
+	if in.h.fifo {
+		widen(r)
+	}
+	if in.h.fifo && !in.released {
+		if in.writer, err = in.h.hold(unix.O_WRONLY); err != nil {
+			r.Close()
+			return err
+		}
+	}
+	in.r = r
+	return nil
+}
+
 func (in *fileInput) copyTo(conn Conn, idle time.Duration) error {
+	if in.after != nil {
+		select {
+		case <-in.after:
+		case <-in.done:
+			return os.ErrClosed
+		}
+		if err := in.open(); err != nil {
+			return err
+		}
+	}
 	return toGuest(conn, in.r, idle)
 }
 
 // release lets the FIFO end with the last client.
 func (in *fileInput) release() error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.released = true
 	if in.writer == nil {
 		return nil
 	}
-	if err := in.writer.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
-		return err
-	}
-	return nil
+	err := in.writer.Close()
+	in.writer = nil
+	return err
 }
 
 // finish lets a client that still writes read EPIPE.
@@ -109,7 +151,17 @@ func (in *fileInput) finish() { in.close() }
 
 func (in *fileInput) close() {
 	in.release()
-	in.r.Close()
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return
+	}
+	in.closed = true
+	close(in.done)
+	in.h.close()
+	if in.r != nil {
+		in.r.Close()
+	}
 }
 
 // openOutput opens a FIFO for writing once it has a reader, or any other file

@@ -50,6 +50,11 @@ type Config struct {
 	ID string
 	// Stdin is the path of a FIFO, or the URI of a stream.
 	Stdin string
+	// StdinAfter, unless nil, delays the opening of Stdin until it is closed.
+	// A client that writes notices the opening, may come to its end at once,
+	// and says so with a request about the process, which must be known then.
+	// Streams of Streaming have an end of their own and do not wait.
+	StdinAfter <-chan struct{}
 	// Stdout and Stderr are each the path of a FIFO or of an existing file,
 	// or the URI of a stream:
 	//

@@ -26,7 +26,7 @@ type input interface {
 
 func openStdin(cfg Config) (input, error) {
 	if !streaming.IsURI(cfg.Stdin) {
-		in, err := openFile(cfg.Stdin)
+		in, err := newFileInput(cfg.Stdin, cfg.StdinAfter)
 		if err != nil {
 			return nil, err
 		}

@@ -234,3 +234,37 @@ func TestFileLogger(t *testing.T) {
 		t.Errorf("log file = %q, %v; want out and err", got, err)
 	}
 }
+
+// TestStdinEndsAtOnce: a client whose input has ended as soon as it could write
+// it, in the middle of Create, asks for the task to close its stdin, as
+// nerdctl does; a task that it is not shown is never closed.
+func TestStdinEndsAtOnce(t *testing.T) {
+	s := newShim(t, args("wc", "-l"))
+	st := newStreams(t, true, false)
+	st.in.Close() // the client opens its end only for writing
+	closed := make(chan error, 1)
+	go func() {
+		f, err := os.OpenFile(st.stdin, os.O_WRONLY, 0)
+		if err == nil {
+			io.WriteString(f, "one\ntwo\n")
+			f.Close()
+			_, err = s.task.State(s.call(), &taskapi.StateRequest{ID: s.id})
+		}
+		if err == nil {
+			_, err = s.task.CloseIO(s.call(), &taskapi.CloseIORequest{ID: s.id, Stdin: true})
+		}
+		closed <- err
+	}()
+	s.mustCreate(st, false)
+	if err := <-closed; err != nil {
+		t.Fatalf("close stdin as soon as it could be opened: %v; want the task to be known", err)
+	}
+	s.mustStart("")
+	if got := s.wait(""); got != 0 {
+		t.Errorf("exit status = %d; want 0", got)
+	}
+	s.delete("")
+	if got := st.out.String(); got != "2\n" {
+		t.Errorf("wc says %q; want 2", got)
+	}
+}
