@@ -57,8 +57,13 @@ func announce(t *testing.T, e *env.Env, address, text string) string {
 				return
 			}
 			host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
-			fmt.Fprintf(c, "%s for %s\n", text, host)
-			c.Close()
+			go func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(patience))
+				fmt.Fprintf(c, "%s for %s\n", text, host)
+				// passt loses what is sent and closed at once.
+				io.Copy(io.Discard, c)
+			}()
 		}
 	}()
 	return l.Addr().String()
@@ -234,7 +239,7 @@ func TestHostNetworkLoopback(t *testing.T) {
 	web := p.runInHostNetwork("web", webServer)
 	await(t, e, "127.0.0.1:8889", says("from the pod"))
 	host, port, _ := net.SplitHostPort(local)
-	if got := p.sh(web, fmt.Sprintf("timeout 10 nc %s %s", host, port)); got != "loopback for 127.0.0.1" {
+	if got := p.sh(web, fmt.Sprintf("timeout 40 nc %s %s", host, port)); got != "loopback for 127.0.0.1" {
 		t.Errorf("pod hears %q from the host's loopback; want what is there", got)
 	}
 	if log := e.Log(); !strings.Contains(log, "the host's network is its loopback interface alone") {
