@@ -70,6 +70,15 @@ func Accelerator(ctx context.Context, cfg accel.Config) (hypervisor.Accelerator,
 			return r.Accelerator, nil
 		}
 		errs = append(errs, err)
+		// A measurement is kept, also one that something else on the machine
+		// has slowed down.
+		dir := cfg.CacheDir
+		if dir == "" {
+			dir = hypervisor.DefaultCacheDir
+		}
+		if err := os.Remove(filepath.Join(dir, accel.CacheFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	return "", fmt.Errorf("measure KVM in the nested machine: %w", errors.Join(errs...))
 }

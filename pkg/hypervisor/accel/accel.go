@@ -58,6 +58,9 @@ type Config struct {
 	CacheDir string
 }
 
+// CacheFile is the name of the verdict's file in Config.CacheDir.
+const CacheFile = "accel.json"
+
 // Result is a decision and its reason.
 type Result struct {
 	// Accelerator is hypervisor.KVM or hypervisor.TCG.
@@ -135,7 +138,7 @@ func look(ctx context.Context, cfg Config, hard time.Duration, probe prober) (v 
 	if err != nil {
 		return verdict{err: err}, false
 	}
-	file := filepath.Join(cfg.CacheDir, "accel.json")
+	file := filepath.Join(cfg.CacheDir, CacheFile)
 	if err := bootcache.Load(file, key, &v); err == nil && v.Measured {
 		return v, true
 	}
