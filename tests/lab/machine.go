@@ -96,7 +96,10 @@ func (m *machine) args(kernel, initrd, status string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmdline := fmt.Sprintf("console=ttyS0 quiet reboot=t panic=-1 mitigations=off tsc_early_khz=%d", khz)
+	// The counter is the outer machine's, hence the same on each CPU, which the
+	// kernel does not believe unless told. A KVM on another clock gives its
+	// guests no stable kvm-clock and no PTP.
+	cmdline := fmt.Sprintf("console=ttyS0 quiet reboot=t panic=-1 mitigations=off tsc=reliable tsc_early_khz=%d", khz)
 	args := []string{
 		"-name", "vmrt-lab", "-M", "q35,accel=tcg,smm=off", "-cpu", "max", "-smp", strconv.Itoa(m.CPUs),
 		"-m", strconv.Itoa(m.Memory), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
