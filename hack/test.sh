@@ -22,6 +22,7 @@ KVM=(
 	'pkg/hypervisor/accel ^TestKVM$'
 	'pkg/hypervisor/qemu ^TestIntegration(Identify|BootAndKill|SMP|Unprivileged|BadKernel|Interfaces|Share)$/^tuned$'
 	'pkg/vsock ^TestKVM$'
+	'pkg/agent ^TestKVM'
 	'tests/conformance ^Test(Lifecycle|Exec|StdinRoundTrip|HostKill|Clock|VMKilled|ShimKilled)$'
 	'tests/lab/kvm ^TestKVM'
 )
