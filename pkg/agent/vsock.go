@@ -86,15 +86,21 @@ func (l hostOnly) Accept() (net.Conn, error) {
 }
 
 // dialHost connects to the host's port. The device may still be starting, so
-// it tries for a while; each attempt takes two seconds at most, which is the
-// kernel's own bound (VSOCK_DEFAULT_CONNECT_TIMEOUT, net/vmw_vsock/af_vsock.c).
+// it tries for a while. An attempt that the host has not answered is not given
+// up meanwhile, as the kernel does after two seconds unless it is told
+// otherwise (VSOCK_DEFAULT_CONNECT_TIMEOUT, net/vmw_vsock/af_vsock.c): a host
+// that is late has accepted it and would find it dead.
 func dialHost(port uint32) (int, error) {
 	for deadline := time.Now().Add(dialTimeout); ; time.Sleep(dialRetry) {
 		fd, err := socket()
 		if err != nil {
 			return -1, fmt.Errorf("dial the host: %w", err)
 		}
-		err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port})
+		patience := unix.NsecToTimeval(max(time.Until(deadline), dialRetry).Nanoseconds())
+		err = unix.SetsockoptTimeval(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience)
+		if err == nil {
+			err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port})
+		}
 		if err == nil {
 			return fd, nil
 		}

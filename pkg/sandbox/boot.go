@@ -1,12 +1,16 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -287,29 +291,64 @@ func orUnknown(err error) error {
 
 // greet waits for the agent's Hello and answers it.
 func (s *Sandbox) greet(ctx context.Context) error {
-	conn, err := s.transport.Accept(ctx)
+	hello, err := s.hear(ctx)
 	if err != nil {
-		return fmt.Errorf("wait for agent: %w", err)
+		return err
 	}
-	s.hello = conn
-	if deadline, ok := ctx.Deadline(); ok {
-		if err := conn.SetDeadline(deadline); err != nil {
-			return err
-		}
-	}
-	var hello api.Hello
-	if err := api.ReadMessage(conn, &hello); err != nil {
-		return fmt.Errorf("agent's hello: %w", err)
-	}
-	welcome, refused := answer(&hello)
-	if err := api.WriteMessage(conn, welcome); err != nil {
+	welcome, refused := answer(hello)
+	if err := api.WriteMessage(s.hello, welcome); err != nil {
 		return fmt.Errorf("answer agent's hello: %w", err)
 	}
 	if refused != nil {
 		return refused
 	}
 	s.boot.Release = printable(hello.GetKernel(), 64)
-	return conn.SetDeadline(time.Time{})
+	return s.hello.SetDeadline(time.Time{})
+}
+
+// hear returns the agent's Hello and keeps the connection that it came on. An
+// attempt to connect that the guest gave up, because a signal interrupted it or
+// because this host was slow to answer, is still a connection here, which ends
+// without a word: the agent tries again.
+func (s *Sandbox) hear(ctx context.Context) (*api.Hello, error) {
+	var given error // what became of the attempt before
+	for {
+		conn, err := s.transport.Accept(ctx)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("wait for agent: %w", err), given)
+		}
+		hello, err := readHello(ctx, conn)
+		if err == nil {
+			s.hello = conn
+			return hello, nil
+		}
+		conn.Close()
+		given = fmt.Errorf("agent's hello: %w", err)
+		if !errors.Is(err, errSilent) {
+			return nil, given
+		}
+	}
+}
+
+// errSilent is the end of a connection on which nothing was said.
+var errSilent = errors.New("the guest gave up the connection")
+
+func readHello(ctx context.Context, conn net.Conn) (*api.Hello, error) {
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return nil, err
+		}
+	}
+	// One read for the first byte tells silence from a message cut short.
+	var first [1]byte
+	if _, err := conn.Read(first[:]); err != nil {
+		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+			err = fmt.Errorf("%w: %w", errSilent, err)
+		}
+		return nil, err
+	}
+	hello := &api.Hello{}
+	return hello, api.ReadMessage(io.MultiReader(bytes.NewReader(first[:]), conn), hello)
 }
 
 // answer decides about an agent by its Hello.
