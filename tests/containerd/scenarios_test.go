@@ -37,7 +37,8 @@ var nerdctlScenarios = []scenario{
 		{"rm", "-f", "box"},
 	}},
 	{"stop", [][]string{
-		{"RUN", "-d", "--name", "box", busybox, "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"},
+		{"RUN", "-d", "--name", "box", busybox, "sh", "-c", "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done"},
+		{"exec", "box", "sh", "-c", "until [ -e /ready ]; do sleep 0.1; done"},
 		{"stop", "box"},
 		{"inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "box"},
 		{"rm", "box"},
