@@ -32,7 +32,9 @@ var nerdctlOptions = []scenario{
 	{"network sysctl", [][]string{{"RUN", "--rm", "--sysctl", "net.ipv4.ip_unprivileged_port_start=80", busybox, "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"}}},
 	{"bad sysctl", [][]string{{"RUN", "--rm", "--sysctl", "kernel.no_such=1", busybox, "true"}}},
 	{"init", [][]string{{"RUN", "--rm", "--init-binary", "tini-static", busybox, "sh", "-c", "cat /proc/1/comm; exit 9"}}},
-	{"input", [][]string{{"SH", "seq 3 | nerdctl RUN --rm -i busybox wc -l"}}},
+	// Not to the input's end: nerdctl loses that if it comes during the creation,
+	// with runc as well. TestStdinEndsAtOnce of the conformance suite is about it.
+	{"input", [][]string{{"SH", "seq 3 | nerdctl RUN --rm -i busybox head -n 3"}}},
 	{"stop signal", [][]string{
 		{"RUN", "-d", "--name", "box", "--stop-signal", "USR1", busybox, "sh", "-c", "trap 'echo stopped; exit 4' USR1; while :; do sleep 0.1; done"},
 		{"stop", "box"},
