@@ -317,9 +317,9 @@ func TestKVMNetwork(t *testing.T) {
 			t.Skipf("needs %s: run `make test-kvm`", dev)
 		}
 	}
-	out := newNetNS(t)
+	out, pod := newNetNS(t), newNetNS(t)
 	bridges(out)
-	pod := addPod(t, out, 2)
+	attach(pod, out, "eth0", 0, 2)
 	m := boot(t, pod, machineSpec{wish: hypervisor.KVM, vsock: vsock.Vhost, cpus: 2, spares: 1})
 	h := hostEnd(out)
 	for _, e := range []end{h, m} {
@@ -328,13 +328,18 @@ func TestKVMNetwork(t *testing.T) {
 		}
 	}
 	testBriefly(t, m, h, "10.1.0.1")
-	testBriefly(t, h, m, "fd00:2::2")
-	attach(pod, out, "net2", 0, 6)
+	testBriefly(t, h, m, "10.1.0.2")
+	testBriefly(t, h, m, "fd00:1::2")
+	attach(pod, out, "net1", 1, 2)
 	if err := m.net.Update(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	m.configure(t.Context())
-	testBriefly(t, h, m, "10.1.0.6")
+	testBriefly(t, h, m, "10.2.0.2")
+	testBriefly(t, m, h, "fd00:2::1")
+	if t.Failed() {
+		t.Logf("the guest's counters:\n%s%s", m.run("cat /proc/net/snmp"), m.run("cat /proc/net/dev"))
+	}
 }
 
 // BenchmarkVMNetwork measures from one pod to the next across a bridge, and
