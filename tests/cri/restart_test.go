@@ -58,7 +58,7 @@ func TestContainerdRestarts(t *testing.T) {
 		if again := p.run("again", "sleep 1000"); p.sh(again, "echo new") != "new" {
 			t.Error("a new container does not answer")
 		}
-		checkLines(t, filepath.Join(p.LogDir, "stays.log"))
+		checkLines(t, filepath.Join(p.LogDir, "stays.log"), 0)
 	})
 }
 
@@ -80,8 +80,9 @@ func restart(t *testing.T, e *env.Env) {
 	}
 }
 
-// checkLines wants the lines of a counting container's log without a gap.
-func checkLines(t *testing.T, path string) {
+// checkLines wants the lines of a counting container's log in order and without
+// more than so many gaps.
+func checkLines(t *testing.T, path string, gaps int) {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -90,10 +91,15 @@ func checkLines(t *testing.T, path string) {
 	next := 1
 	for line := range strings.Lines(string(b)) {
 		_, text, ok := strings.Cut(strings.TrimSpace(line), " stdout F ")
-		if !ok || text != fmt.Sprint("line ", next) {
+		var n int
+		if _, err := fmt.Sscanf(text, "line %d", &n); !ok || err != nil || n < next || n > next && gaps == 0 {
 			t.Fatalf("log has %q; want line %d", line, next)
 		}
-		next++
+		if n > next {
+			t.Logf("log lacks lines %d to %d", next, n-1)
+			gaps--
+		}
+		next = n + 1
 	}
 	if next < 10 {
 		t.Errorf("log has %d lines; want more", next-1)

@@ -217,10 +217,22 @@ func (c *arguments) machine(s *hypervisor.Spec, f files) {
 	case hypervisor.TCG:
 		c.add("-accel", "tcg,tb-size="+translationCache, "-cpu", emulatedCPU)
 	}
-	c.add("-smp", strconv.Itoa(s.CPUs))
+	c.add("-smp", smp(s))
 	c.add("-m", strconv.Itoa(s.MemoryMiB)+"M")
 	// Legacy transports know neither virtio 1 nor vhost-user.
 	c.add("-global", "virtio-mmio.force-legacy=false")
+}
+
+// smp returns the processors. With one alone the translator makes no atomic
+// instructions and so no memory barriers (tcg_gen_atomic_add_fetch_i32_chk in
+// QEMU's tcg-op-ldst.c), although devices run in threads and processes beside
+// it: a notification of either side can then be lost, and the machine waits for
+// ever. That a second processor could be plugged in makes it emit them.
+func smp(s *hypervisor.Spec) string {
+	if s.CPUs == 1 && s.Accelerator == hypervisor.TCG {
+		return "1,maxcpus=2"
+	}
+	return strconv.Itoa(s.CPUs)
 }
 
 func (c *arguments) devices(s *hypervisor.Spec) {
