@@ -53,11 +53,12 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 		err = s.explain(ctx, err)
 		return fmt.Errorf("boot virtual machine of sandbox %s: %w", s.cfg.ID, err)
 	}
+	boot := s.Info()
 	log.G(ctx).WithFields(log.Fields{
-		"sandbox": s.cfg.ID, "kernel": s.boot.Kernel, "release": s.boot.Release,
-		"accelerator": s.boot.Accelerator, "reason": s.boot.AcceleratorReason,
-		"vsock": s.boot.Transport, "cid": s.boot.CID, "pid": s.boot.VMPid,
-		"prepared": s.boot.Prepared, "booted": s.boot.Booted, "connected": s.boot.Connected,
+		"sandbox": s.cfg.ID, "kernel": boot.Kernel, "release": boot.Release,
+		"accelerator": boot.Accelerator, "reason": boot.AcceleratorReason,
+		"vsock": boot.Transport, "cid": boot.CID, "pid": boot.VMPid,
+		"prepared": boot.Prepared, "booted": boot.Booted, "connected": boot.Connected,
 	}).Info("virtual machine is ready")
 	return nil
 }
@@ -65,7 +66,7 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 // explain returns why the boot has failed: the end of the VM says more than the
 // read that it broke, and comes just after it.
 func (s *Sandbox) explain(ctx context.Context, err error) error {
-	if s.vm != nil && ctx.Err() == nil {
+	if s.machine() != nil && ctx.Err() == nil {
 		select {
 		case <-s.dead:
 		case <-ctx.Done():
@@ -107,7 +108,9 @@ func (s *Sandbox) bootSteps(ctx context.Context) error {
 	if err := s.setUpGuest(ctx); err != nil {
 		return err
 	}
-	s.boot.Prepared, s.boot.Booted, s.boot.Connected = launch.Sub(begin), hello.Sub(launch), time.Since(hello)
+	s.learn(func(b *BootInfo) {
+		b.Prepared, b.Booted, b.Connected = launch.Sub(begin), hello.Sub(launch), time.Since(hello)
+	})
 	go s.keepClock()
 	return nil
 }
@@ -176,10 +179,12 @@ func (s *Sandbox) prepare(ctx context.Context) (*hypervisor.Spec, error) {
 	if s.daemon, err = storage.StartDaemon(ctx, s.ns, storage.DaemonConfig{Binary: virtiofsd, Share: s.share}); err != nil {
 		return nil, err
 	}
-	s.boot = BootInfo{
-		Kernel: guest.Kind, Accelerator: verdict.Accelerator, AcceleratorReason: verdict.Reason,
-		Transport: s.transport.Name(), CID: s.transport.CID(),
-	}
+	s.learn(func(b *BootInfo) {
+		*b = BootInfo{
+			Kernel: guest.Kind, Accelerator: verdict.Accelerator, AcceleratorReason: verdict.Reason,
+			Transport: s.transport.Name(), CID: s.transport.CID(),
+		}
+	})
 	return &hypervisor.Spec{
 		Name:           "vmrt-" + s.cfg.ID,
 		Accelerator:    verdict.Accelerator,
@@ -235,20 +240,21 @@ func (s *Sandbox) launch(ctx context.Context, spec *hypervisor.Spec) error {
 	}
 	s.daemon.CloseSocket()
 	s.releaseNICs()
-	s.vm = vm
-	s.boot.VMPid = vm.Pid()
-	go s.watch()
+	s.mu.Lock()
+	s.vm, s.boot.VMPid = vm, vm.Pid()
+	s.mu.Unlock()
+	go s.watch(vm)
 	return nil
 }
 
 // watch turns the end of the VMM, of the file system daemon or of the agent
 // into the end of the sandbox. It returns once the VMM has ended or somebody
 // else has decided to end it.
-func (s *Sandbox) watch() {
+func (s *Sandbox) watch(vm hypervisor.VM) {
 	var why error
 	select {
-	case <-s.vm.Done():
-		s.die(orUnknown(s.vm.Err()))
+	case <-vm.Done():
+		s.die(orUnknown(vm.Err()))
 		return
 	case <-s.dead:
 		return
@@ -265,8 +271,8 @@ func (s *Sandbox) watch() {
 	// Both come first when the VMM ends, or a guest that panics or powers off:
 	// the VMM's end, just after, says more.
 	select {
-	case <-s.vm.Done():
-		why = orUnknown(s.vm.Err())
+	case <-vm.Done():
+		why = orUnknown(vm.Err())
 	case <-time.After(vmEndGrace):
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
@@ -302,7 +308,7 @@ func (s *Sandbox) greet(ctx context.Context) error {
 	if refused != nil {
 		return refused
 	}
-	s.boot.Release = printable(hello.GetKernel(), 64)
+	s.learn(func(b *BootInfo) { b.Release = printable(hello.GetKernel(), 64) })
 	return s.hello.SetDeadline(time.Time{})
 }
 

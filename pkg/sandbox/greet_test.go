@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"strings"
 	"testing"
@@ -43,11 +44,27 @@ func TestGreet(t *testing.T) {
 		guest []func(c *vsocktest.Conn) error
 		want  []string // in the error; none: no error
 	}{
-		"at once":                  {guest: []func(*vsocktest.Conn) error{hello}},
-		"after a reset":            {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Reset, hello}},
-		"after a close":            {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, hello}},
-		"after several of both":    {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, (*vsocktest.Conn).Reset, (*vsocktest.Conn).Reset, hello}},
-		"silent and never again":   {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Reset}, want: []string{"wait for agent", "gave up", "connection reset"}},
+		"at once":                {guest: []func(*vsocktest.Conn) error{hello}},
+		"after a reset":          {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Reset, hello}},
+		"after a close":          {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, hello}},
+		"after several of both":  {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, (*vsocktest.Conn).Reset, (*vsocktest.Conn).Reset, hello}},
+		"silent and never again": {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Reset}, want: []string{"wait for agent", "gave up", "connection reset"}},
+		"of another release": {
+			guest: []func(*vsocktest.Conn) error{func(c *vsocktest.Conn) error {
+				if err := api.WriteMessage(c, &api.Hello{Protocol: api.ProtocolVersion + 1, Version: "v9\x1b[2J"}); err != nil {
+					return err
+				}
+				welcome := &api.Welcome{}
+				if err := api.ReadMessage(c, welcome); err != nil {
+					return err
+				}
+				if len(welcome.Seed) > 0 || !strings.Contains(welcome.Refused, "install shim and guest files of one release") {
+					return fmt.Errorf("the agent is told %v; want that it is refused", welcome)
+				}
+				return nil
+			}},
+			want: []string{`agent "v9?[2J"`, fmt.Sprintf("protocol %d,", api.ProtocolVersion+1), "install shim and guest files of one release"},
+		},
 		"cut short, then complete": {guest: []func(*vsocktest.Conn) error{cutShort, hello}, want: []string{"agent's hello", "connection reset"}},
 	}
 	for name, tt := range tests {
@@ -78,8 +95,8 @@ func TestGreet(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(tt.want) == 0 {
-				if err != nil || s.hello == nil || s.boot.Release != "6.12-test" {
-					t.Errorf("greet() = %v, release %q; want nil, 6.12-test", err, s.boot.Release)
+				if err != nil || s.hello == nil || s.Info().Release != "6.12-test" {
+					t.Errorf("greet() = %v, release %q; want nil, 6.12-test", err, s.Info().Release)
 				}
 				return
 			}

@@ -84,9 +84,7 @@ type Sandbox struct {
 	daemon    *storage.Daemon
 	network   *network.Network       // nil with the host's network
 	forwarder *portforward.Forwarder // nil outside pods
-	vm        hypervisor.VM
 	rpc       *ttrpc.Client
-	boot      BootInfo
 	hello     vsock.Conn
 
 	// agentGone is closed when the RPC connection has ended.
@@ -95,10 +93,13 @@ type Sandbox struct {
 	dead     chan struct{}
 	deadOnce sync.Once
 
+	// mu guards what is read while Boot may run.
 	mu sync.Mutex
 	// deadErr says why, set before dead is closed.
 	deadErr error
 	stopped bool
+	vm      hypervisor.VM // nil until the VMM was started
+	boot    BootInfo
 }
 
 // BootInfo says what was booted, for the log and the state file.
@@ -193,8 +194,26 @@ func (s *Sandbox) FilesDir() string { return filepath.Join(s.dir, "files") }
 // Settings returns the configuration that the sandbox was made with.
 func (s *Sandbox) Settings() *config.Config { return s.cfg.Settings }
 
-// Info describes what Boot booted.
-func (s *Sandbox) Info() BootInfo { return s.boot }
+// Info describes what Boot has booted so far. It may be called at any time.
+func (s *Sandbox) Info() BootInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.boot
+}
+
+// learn adds to Info.
+func (s *Sandbox) learn(set func(*BootInfo)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	set(&s.boot)
+}
+
+// machine returns the virtual machine, or nil before it was started.
+func (s *Sandbox) machine() hypervisor.VM {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.vm
+}
 
 // Agent speaks vmrt.agent.v1 to the guest.
 func (s *Sandbox) Agent() api.AgentClient { return api.NewAgentClient(s.rpc) }
@@ -228,10 +247,10 @@ func (s *Sandbox) die(why error) {
 // why becomes Err.
 func (s *Sandbox) Kill(ctx context.Context, why error) error {
 	s.die(why)
-	if s.vm == nil {
-		return nil
+	if vm := s.machine(); vm != nil {
+		return vm.Kill(ctx)
 	}
-	return s.vm.Kill(ctx)
+	return nil
 }
 
 // Stop ends the virtual machine and removes all that New and Boot made, except
@@ -244,8 +263,8 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 	s.die(nil)
 
 	var errs []error
-	if s.vm != nil {
-		errs = append(errs, s.vm.Kill(ctx))
+	if vm := s.machine(); vm != nil {
+		errs = append(errs, vm.Kill(ctx))
 	}
 	if s.rpc != nil {
 		s.rpc.Close()
@@ -279,25 +298,25 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 }
 
 // Save writes the state file, from which `shim delete` cleans up when this
-// process was killed. Call it before Boot or after it, and when containers
-// change.
+// process was killed. Call it when containers change, and after Boot.
 func (s *Sandbox) Save(containers map[string]state.Container) error {
 	netns := s.cfg.NetNS
 	if s.host != nil {
 		netns = "" // nothing of it is the pod's to clean up
 	}
+	boot := s.Info()
 	st := &state.Sandbox{
 		ID: s.cfg.ID, Namespace: s.cfg.Namespace, Created: s.created, Containers: containers,
-		Socket: s.cfg.Socket, CgroupPath: s.cgroupPath, NetNS: netns, Kernel: s.boot.Kernel, Accelerator: string(s.boot.Accelerator),
-		Vsock: s.boot.Transport, CID: s.boot.CID,
+		Socket: s.cfg.Socket, CgroupPath: s.cgroupPath, NetNS: netns, Kernel: boot.Kernel, Accelerator: string(boot.Accelerator),
+		Vsock: boot.Transport, CID: boot.CID,
 	}
 	var err error
 	if st.Shim, err = state.Find(os.Getpid()); err != nil {
 		return fmt.Errorf("save state of sandbox %s: %w", s.cfg.ID, err)
 	}
-	if s.vm != nil {
+	if vm := s.machine(); vm != nil {
 		// Gone already is no reason not to save the rest.
-		st.VM, _ = state.Find(s.vm.Pid())
+		st.VM, _ = state.Find(vm.Pid())
 	}
 	return s.store.Save(st)
 }
