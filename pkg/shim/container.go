@@ -3,6 +3,7 @@ package shim
 import (
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
@@ -52,6 +53,8 @@ type container struct {
 	guest uint32
 	// deleting is true while a Delete of init runs.
 	deleting bool
+	// lastOOM is when the guest's last out-of-memory event was passed on.
+	lastOOM time.Time
 }
 
 // pid returns the host pid that stands for the container's processes.
@@ -184,6 +187,21 @@ func (c *container) takesExec(p *process) error {
 		return fmt.Errorf("OCI runtime exec failed: exec failed: cannot exec in a paused container: %w", errdefs.ErrFailedPrecondition)
 	}
 	return nil
+}
+
+// oomInterval is the least time between two out-of-memory events of a container:
+// the guest can announce as many as it likes.
+const oomInterval = time.Second
+
+// takeOOM reports whether an out-of-memory event is to be passed on.
+func (c *container) takeOOM(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.lastOOM.IsZero() && now.Sub(c.lastOOM) < oomInterval {
+		return false
+	}
+	c.lastOOM = now
+	return true
 }
 
 // beginDelete returns false when a Delete of the container runs already.

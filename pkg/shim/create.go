@@ -278,6 +278,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 	if err != nil {
 		return err
 	}
+	c.init.enterGuest()
 	resp, err := sb.Tasks().Create(ctx, &taskapi.CreateTaskRequest{
 		ID: c.id, Bundle: api.BundlePath(c.id), Terminal: c.init.stdio.Terminal,
 		Stdin: names.stdin, Stdout: names.stdout, Stderr: names.stderr, Options: options,

@@ -23,8 +23,9 @@ const publishTimeout = 30 * time.Second
 
 // eventQueue hands events to containerd one after the other, in the order of
 // send. It is unbounded, because the order must hold while containerd restarts
-// and nothing may wait for it; its length is bounded by what the pod's
-// processes do.
+// and nothing may wait for it. What clients ask for bounds its length: of what a
+// guest can announce by itself, guestEvent takes each once, and out-of-memory
+// once a second.
 type eventQueue struct {
 	publisher events.Publisher
 	wake      chan struct{}
@@ -103,8 +104,8 @@ func (q *eventQueue) publish(ctx context.Context, e any) {
 
 // guestEvent takes one event of the guest's task service: the exit of a
 // process changes its record, and the rest is passed on with the host's ids
-// and pids in it. The guest is not trusted: what names no known process is
-// dropped.
+// and pids in it. The guest is not trusted: what names no process that it was
+// told of, or comes once more, is dropped.
 func (s *service) guestEvent(ctx context.Context, ev *api.Event) {
 	v, err := typeurl.UnmarshalAny(ev.GetEvent())
 	if err != nil {
@@ -113,21 +114,19 @@ func (s *service) guestEvent(ctx context.Context, ev *api.Event) {
 	}
 	switch e := v.(type) {
 	case *eventstypes.TaskStart:
-		if c := s.lookup(e.ContainerID); c != nil {
-			c.init.setState(statusRunning)
+		if c := s.lookup(e.ContainerID); c != nil && c.init.takeStarted() {
 			s.events.send(&eventstypes.TaskStart{ContainerID: c.id, Pid: c.pid()})
 		}
 	case *eventstypes.TaskExecStarted:
 		if c := s.lookup(e.ContainerID); c != nil {
-			if p := c.exec(e.ExecID); p != nil {
-				p.setState(statusRunning)
+			if p := c.exec(e.ExecID); p != nil && p.takeStarted() {
 				s.events.send(&eventstypes.TaskExecStarted{ContainerID: c.id, ExecID: p.id, Pid: c.pid()})
 			}
 		}
 	case *eventstypes.TaskExit:
 		s.guestExit(e)
 	case *eventstypes.TaskOOM:
-		if c := s.lookup(e.ContainerID); c != nil {
+		if c := s.lookup(e.ContainerID); c != nil && c.init.inGuest() && c.takeOOM(time.Now()) {
 			s.events.send(&eventstypes.TaskOOM{ContainerID: c.id})
 		}
 	case *eventstypes.TaskPaused, *eventstypes.TaskResumed, *eventstypes.TaskCreate,
@@ -145,9 +144,10 @@ func (s *service) guestExit(e *eventstypes.TaskExit) {
 	}
 	p := c.init
 	if e.ID != c.id {
-		if p = c.exec(e.ID); p == nil {
-			return
-		}
+		p = c.exec(e.ID)
+	}
+	if p == nil || !p.takeExit() {
+		return
 	}
 	at := exitTime(e.ExitedAt, time.Now())
 	// The exit of init is a container's last event, so that none can overtake

@@ -38,6 +38,9 @@ type process struct {
 	exitedAt time.Time
 	// starting is true from the first Start on, unless that has failed.
 	starting bool
+	// asked is true once the guest may have been asked to start it; started and
+	// exiting say that the guest has announced that much.
+	asked, started, exiting bool
 	// io is nil while the process has no streams.
 	io *stdio.IO
 	// guest is true once the guest may know the process.
@@ -93,7 +96,7 @@ func (p *process) beginStart(seen task.Status) error {
 	if seen != task.Status_CREATED {
 		return fmt.Errorf("cannot start a %s process: %w", stateName(seen), errdefs.ErrFailedPrecondition)
 	}
-	p.starting = true
+	p.starting, p.asked = true, true
 	return nil
 }
 
@@ -164,6 +167,29 @@ func (p *process) enterGuest() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.guest = true
+}
+
+// takeStarted notes that the guest has announced the process's start. It
+// reports whether that is news, and can be true.
+func (p *process) takeStarted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.guest || !p.asked || p.started || p.state == statusStopped {
+		return false
+	}
+	p.started, p.state = true, statusRunning
+	return true
+}
+
+// takeExit is takeStarted for the process's exit.
+func (p *process) takeExit() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.guest || p.exiting || p.state == statusStopped {
+		return false
+	}
+	p.exiting = true
+	return true
 }
 
 func (p *process) inGuest() bool {
