@@ -15,7 +15,6 @@ import (
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
-	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/vmrt/vmrt/api"
@@ -104,7 +103,10 @@ func (s *Sandbox) bootSteps(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to agent: %w", err)
 	}
-	s.rpc = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(s.agentGone) }))
+	s.rpc = newRPC(conn, func(fault error) {
+		s.agentFault = fault
+		close(s.agentGone)
+	})
 	if err := s.setUpGuest(ctx); err != nil {
 		return err
 	}
@@ -152,7 +154,7 @@ func wrap(what string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%s: %w", what, errgrpc.ToNative(err))
+	return fmt.Errorf("%s: %w", what, errgrpc.ToNative(fromGuest(err)))
 }
 
 // prepare decides what to boot and starts the virtual machine's helpers.
@@ -266,7 +268,9 @@ func (s *Sandbox) watch(vm hypervisor.VM) {
 		// connected.
 		why = fmt.Errorf("connection to the host's network ended: %w", orUnknown(s.host.passt.Err()))
 	case <-s.agentGone:
-		why = errors.New("agent ended its connection")
+		if why = s.agentFault; why == nil {
+			why = errors.New("agent ended its connection")
+		}
 	}
 	// Both come first when the VMM ends, or a guest that panics or powers off:
 	// the VMM's end, just after, says more.

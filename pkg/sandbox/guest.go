@@ -109,7 +109,7 @@ func (s *Sandbox) Events(ctx context.Context, handle func(*api.Event)) error {
 	defer cancel()
 	stream, err := s.Agent().Events(ctx, &api.Empty{})
 	if err != nil {
-		return fmt.Errorf("subscribe to guest events: %w", err)
+		return fmt.Errorf("subscribe to guest events: %w", fromGuest(err))
 	}
 	for {
 		ev, err := stream.Recv()
@@ -117,7 +117,7 @@ func (s *Sandbox) Events(ctx context.Context, handle func(*api.Event)) error {
 			return errors.New("guest ended its event stream")
 		}
 		if err != nil {
-			return fmt.Errorf("receive guest event: %w", err)
+			return fmt.Errorf("receive guest event: %w", fromGuest(err))
 		}
 		handle(ev)
 	}

@@ -87,8 +87,10 @@ type Sandbox struct {
 	rpc       *ttrpc.Client
 	hello     vsock.Conn
 
-	// agentGone is closed when the RPC connection has ended.
-	agentGone chan struct{}
+	// agentGone is closed when the RPC connection has ended, with agentFault
+	// set if that was for what the agent had sent.
+	agentGone  chan struct{}
+	agentFault error
 	// dead is closed when the virtual machine has ended.
 	dead     chan struct{}
 	deadOnce sync.Once
