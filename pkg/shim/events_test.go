@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"path/filepath"
@@ -11,12 +12,16 @@ import (
 
 	eventstypes "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/loglimit"
 	"github.com/vmrt/vmrt/pkg/stdio"
 )
 
@@ -189,5 +194,25 @@ func TestTakeOOM(t *testing.T) {
 		if got := c.takeOOM(now.Add(tt.after)); got != tt.want {
 			t.Errorf("takeOOM() %v after the first = %t; want %t", tt.after, got, tt.want)
 		}
+	}
+}
+
+func (p *published) Close() error { return nil }
+
+// What a guest can have the shim log is bounded.
+func TestLogIsBounded(t *testing.T) {
+	logger := log.L.Logger
+	before := logger.Out
+	defer logger.SetOutput(before)
+	var out bytes.Buffer
+	logger.SetOutput(&out)
+	ctx, sd := shutdown.WithShutdown(namespaces.WithNamespace(t.Context(), "test"))
+	s, err := newService(ctx, &published{}, sd, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	send(t, s, 50000, &eventstypes.ContainerDelete{ID: "c"})
+	if out.Len() == 0 || out.Len() > 2*loglimit.Burst {
+		t.Errorf("50000 odd events made %d bytes of log; want some, and at most %d", out.Len(), 2*loglimit.Burst)
 	}
 }

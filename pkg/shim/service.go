@@ -31,6 +31,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/loglimit"
 	"github.com/vmrt/vmrt/pkg/sandbox"
 	"github.com/vmrt/vmrt/pkg/streaming"
 )
@@ -94,6 +95,9 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 	if err != nil {
 		return nil, err
 	}
+	// Much of the log is about what the guest does.
+	logger := log.G(ctx).Logger
+	logger.SetOutput(loglimit.New(logger.Out))
 	s := &service{
 		ctx:        ctx,
 		namespace:  ns,
