@@ -357,3 +357,35 @@ func TestHostile(t *testing.T) {
 		})
 	}
 }
+
+// A guest that changes its mind all the time keeps the host busy a few times a
+// second, and no more.
+func TestFlood(t *testing.T) {
+	pod := podnstest.Open(t, podns.Config{})
+	ctx, cancel := context.WithCancel(t.Context())
+	in, out := make(chan *api.ListeningPorts), make(chan *api.ListeningPorts, 1)
+	done := make(chan error, 1)
+	go func() {
+		done <- portmirror.New(portmirror.Config{Namespace: pod, First: true, MaxConns: 1}).Run(ctx, stream{ctx, in, out}, func() {})
+	}()
+	<-out
+	const flood = time.Second
+	taken := 0
+	for end := time.After(flood); end != nil; {
+		list := &api.ListeningPorts{Ports: []*api.ListeningPort{{Address: []byte{127, 0, 0, 1}, Port: uint32(taken%2 + 80)}}}
+		select {
+		case in <- list:
+			taken++
+		case <-end:
+			end = nil
+		}
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("Run() = %v; want %v", err, context.Canceled)
+	}
+	// An honest guest sends one an Interval.
+	if honest := int(flood / portmirror.Interval); taken < honest || taken > 10*honest {
+		t.Errorf("%d lists were taken in %v; want at least %d and at most %d", taken, flood, honest, 10*honest)
+	}
+}

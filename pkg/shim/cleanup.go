@@ -111,11 +111,14 @@ func cleanup(ctx context.Context, store state.Store, st *state.Sandbox, id strin
 		}
 		delete(st.Containers, id)
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("clean up sandbox %s: %w", st.ID, err)
-	}
-	if len(st.Containers) > 0 {
-		return store.Save(st)
+	failed := errors.Join(errs...)
+	if failed != nil || len(st.Containers) > 0 {
+		// Hooks that have run do not run again, when containerd tries once more
+		// for what is left.
+		if err := errors.Join(failed, store.Save(st)); err != nil {
+			return fmt.Errorf("clean up sandbox %s: %w", st.ID, err)
+		}
+		return nil
 	}
 	if err := removeSocket(st.Socket); err != nil {
 		return fmt.Errorf("clean up sandbox %s: %w", st.ID, err)
