@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -95,6 +96,33 @@ func (s *shim) findVM() int {
 func filepathBase(cmdline []byte) []byte {
 	arg, _, _ := bytes.Cut(cmdline, []byte{0})
 	return arg[bytes.LastIndexByte(arg, '/')+1:]
+}
+
+// A virtual machine that is killed is one error in the log, which names it, and
+// the end of its containers.
+func TestVMKilled(t *testing.T) {
+	s := newShim(t, args("sleep", "1000"))
+	pid := s.mustCreate(nil, false)
+	s.mustStart("")
+	if err := syscall.Kill(s.findVM(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.wait(""); got != 137 {
+		t.Errorf("exit status = %d; want 137", got)
+	}
+	waitFor(t, s.events, func(e *eventsapi.TaskExit) bool { return e.ID == s.id && e.Pid == pid && e.ExitStatus == 137 })
+	var lines []string
+	for line := range strings.Lines(s.log.String()) {
+		if strings.Contains(line, "level=error") {
+			lines = append(lines, line)
+		}
+	}
+	if len(lines) != 1 || !strings.Contains(lines[0], "virtual machine ended") || !strings.Contains(lines[0], "vm vmrt-"+s.id) || !strings.Contains(lines[0], "signal: killed") {
+		t.Errorf("errors in the log = %q; want one, of the machine and how it ended", lines)
+	}
+	if d := s.delete(""); d.ExitStatus != 137 {
+		t.Errorf("Delete = status %d; want 137", d.ExitStatus)
+	}
 }
 
 // A guest that restarts is a dead guest: the agent, its PID 1, is gone.

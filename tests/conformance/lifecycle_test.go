@@ -6,15 +6,18 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/task"
+	"github.com/google/go-cmp/cmp"
 )
 
 func TestLifecycle(t *testing.T) {
 	s := newShim(t, args("sh", "-c", "echo out; echo err >&2; uname -r; exit 7"))
 	st := newStreams(t, false, false)
+	begin := time.Now()
 	pid := s.mustCreate(st, false)
 	checkState(t, s, task.Status_CREATED)
 	if got := s.mustStart(""); got != pid {
@@ -45,10 +48,39 @@ func TestLifecycle(t *testing.T) {
 	if got := st.err.String(); got != "err\n" {
 		t.Errorf("stderr = %q; want err", got)
 	}
-	if d := s.delete(""); d.ExitStatus != 7 || d.Pid != pid {
+	d := s.delete("")
+	if d.ExitStatus != 7 || d.Pid != pid {
 		t.Errorf("Delete = status %d, pid %d; want 7, %d", d.ExitStatus, d.Pid, pid)
 	}
 	checkEvents(t, s, pid)
+	exit := waitFor(t, s.events, func(e *eventsapi.TaskExit) bool { return e.ID == s.id })
+	deleted := waitFor(t, s.events, func(e *eventsapi.TaskDelete) bool { return e.ContainerID == s.id })
+	at := exit.ExitedAt.AsTime()
+	if at.Before(begin) || at.After(time.Now()) {
+		t.Errorf("exit event says %v; want a time since %v", at, begin)
+	}
+	if !d.ExitedAt.AsTime().Equal(at) || !deleted.ExitedAt.AsTime().Equal(at) {
+		t.Errorf("exited at %v by Delete, %v by its event; want %v, as the exit event says", d.ExitedAt.AsTime(), deleted.ExitedAt.AsTime(), at)
+	}
+	checkBootLog(t, s)
+}
+
+// checkBootLog wants what was booted, on what and why in the log, and what the
+// guest has to say at the level of debugging.
+func checkBootLog(t *testing.T, s *shim) {
+	t.Helper()
+	accelerator, err := measured()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`level=info msg="virtual machine is ready" accelerator=` + string(accelerator) + " ",
+		" kernel=" + checkedKernel(t) + " ", " reason=", " vsock=", `level=debug msg="console: `,
+	} {
+		if !strings.Contains(s.log.String(), want) {
+			t.Errorf("the log lacks %q", want)
+		}
+	}
 }
 
 func checkState(t *testing.T, s *shim, want task.Status) {
@@ -115,10 +147,42 @@ func TestPidIsSafe(t *testing.T) {
 
 func TestExec(t *testing.T) {
 	s := newShim(t, args("sleep", "1000"))
-	s.mustCreate(nil, false)
+	pid := s.mustCreate(nil, false)
 	s.mustStart("")
 	out, errs, status := s.exec("e1", "sh", "-c", "echo $0 hello; echo oops >&2; exit 3", "arg")
 	if out != "arg hello\n" || errs != "oops\n" || status != 3 {
 		t.Errorf("exec = %q, %q, %d; want arg hello, oops, 3", out, errs, status)
+	}
+
+	// Its events name it, and the container's process on the host.
+	if err := s.addExec("e2", nil, false, "sh", "-c", "exit 4"); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.mustStart("e2"); got != pid {
+		t.Errorf("Start of an exec = pid %d; want the container's, %d", got, pid)
+	}
+	s.wait("e2")
+	s.delete("e2")
+	waitFor(t, s.events, func(e *eventsapi.TaskExit) bool { return e.ID == "e2" })
+	all, _ := s.events.list()
+	var got []string
+	for _, ev := range all {
+		switch e := ev.(type) {
+		case *eventsapi.TaskExecAdded:
+			got = append(got, fmt.Sprintf("added %s %s", e.ContainerID, e.ExecID))
+		case *eventsapi.TaskExecStarted:
+			got = append(got, fmt.Sprintf("started %s %s %d", e.ContainerID, e.ExecID, e.Pid))
+		case *eventsapi.TaskExit:
+			got = append(got, fmt.Sprintf("exit %s %s %d %d", e.ContainerID, e.ID, e.Pid, e.ExitStatus))
+		}
+	}
+	var want []string
+	for _, id := range []string{"e1", "e2"} {
+		status := map[string]int{"e1": 3, "e2": 4}[id]
+		want = append(want, fmt.Sprintf("added %s %s", s.id, id), fmt.Sprintf("started %s %s %d", s.id, id, pid),
+			fmt.Sprintf("exit %s %s %d %d", s.id, id, pid, status))
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("events of execs (-want +got):\n%s", diff)
 	}
 }
