@@ -95,6 +95,10 @@ type Sandbox struct {
 	dead     chan struct{}
 	deadOnce sync.Once
 
+	// saving is held while the state file is written or removed, and taken
+	// before mu.
+	saving sync.Mutex
+
 	// mu guards what is read while Boot may run.
 	mu sync.Mutex
 	// deadErr says why, set before dead is closed.
@@ -293,15 +297,29 @@ func (s *Sandbox) Stop(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", s.cfg.ID, err)
 	}
+	s.saving.Lock()
+	defer s.saving.Unlock()
 	if err := s.store.Remove(s.cfg.Namespace, s.cfg.ID); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", s.cfg.ID, err)
 	}
 	return nil
 }
 
+func (s *Sandbox) isStopped() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopped
+}
+
 // Save writes the state file, from which `shim delete` cleans up when this
-// process was killed. Call it when containers change, and after Boot.
+// process was killed. Call it when containers change, and after Boot. From Stop
+// on it does nothing: the file is about to go.
 func (s *Sandbox) Save(containers map[string]state.Container) error {
+	s.saving.Lock()
+	defer s.saving.Unlock()
+	if s.isStopped() {
+		return nil
+	}
 	netns := s.cfg.NetNS
 	if s.host != nil {
 		netns = "" // nothing of it is the pod's to clean up
