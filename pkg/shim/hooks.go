@@ -83,6 +83,9 @@ func (c *container) record() state.Container {
 
 // saveState writes what `shim delete` needs if this process is killed.
 func (s *service) saveState() {
+	// The newest record is written last.
+	s.saving.Lock()
+	defer s.saving.Unlock()
 	s.mu.Lock()
 	sb := s.sandbox
 	containers := make(map[string]state.Container, len(s.containers))

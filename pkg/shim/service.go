@@ -66,6 +66,9 @@ type service struct {
 	streaming *streaming.Service
 	memory    trimmer
 
+	// saving is held by saveState, and taken before mu.
+	saving sync.Mutex
+
 	mu         sync.Mutex
 	containers map[string]*container
 	// sandbox is nil until the first Create or CreateSandbox; pod is what it

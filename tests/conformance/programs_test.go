@@ -92,7 +92,7 @@ func TestVmrtctlCheckFails(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "config.toml")
 	write(t, config, "qemu = \"/nonexistent/qemu\"\n", 0o644)
 	out, err := exec.Command(filepath.Join(shimDir(t), "vmrtctl"), "--config", config, "check").CombinedOutput()
-	if err == nil || !!regexp.MustCompile(`(?m)^FAIL +qemu .*/nonexistent/qemu`).Match(out) ||
+	if err == nil || !regexp.MustCompile(`(?m)^FAIL +qemu .*/nonexistent/qemu`).Match(out) ||
 		!regexp.MustCompile(`(?m)^ok +accelerator `).Match(out) {
 		t.Errorf("vmrtctl check = %v: %s; want QEMU to fail and the rest to be checked", err, out)
 	}
