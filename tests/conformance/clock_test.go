@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
 // The guest's clock stays within 50 ms of the host's.
@@ -19,6 +21,31 @@ func TestClock(t *testing.T) {
 	}
 	if best > 50*time.Millisecond {
 		t.Errorf("guest clock is off by at least %v; want at most 50ms", best)
+	}
+}
+
+// A clock that is wrong is set right within a few seconds, however it came to
+// be so.
+func TestClockIsCorrected(t *testing.T) {
+	s := newShim(t, options{spec: func(spec *specs.Spec) {
+		sleeper(spec)
+		privileged(spec)
+	}})
+	s.mustCreate(nil, false)
+	s.mustStart("")
+	const wrong = 1000 * time.Second
+	s.wantShell("set", fmt.Sprintf("date -s @$(($(date +%%s) + %d)) > /dev/null", int(wrong.Seconds())), "")
+	begin := time.Now()
+	for i := 0; ; i++ {
+		off, _ := s.clockOffset(fmt.Sprintf("clock%d", i))
+		if off <= 50*time.Millisecond {
+			t.Logf("right after %v", time.Since(begin))
+			return
+		}
+		if time.Since(begin) > 30*time.Second {
+			t.Fatalf("guest clock is off by at least %v after %v; want it corrected", off, time.Since(begin))
+		}
+		time.Sleep(500 * time.Millisecond)
 	}
 }
 

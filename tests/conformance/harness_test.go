@@ -110,9 +110,23 @@ type shim struct {
 	ctx    context.Context
 	// runtime is what is under test; nil for vmrt.
 	runtime *runtime
+	// pids are those that Create has returned, of all containers of the shim.
+	pids *pidList
 	// killed is set by tests that kill the shim: its socket then stays until
 	// containerd replaces it, as runc's does.
 	killed bool
+}
+
+// pidList is a list of processes on the host.
+type pidList struct {
+	mu  sync.Mutex
+	all []uint32
+}
+
+func (l *pidList) add(pid uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, pid)
 }
 
 // options change what newShim makes.
@@ -163,7 +177,7 @@ func newShimOf(t testing.TB, o options, makeBundle func(*shim)) *shim {
 	}
 	s := &shim{
 		t: t, id: newID(), dir: t.TempDir(), events: &events{new: make(chan struct{})},
-		log: &shimLog{}, runtime: o.runtime,
+		log: &shimLog{}, runtime: o.runtime, pids: &pidList{},
 	}
 	s.ctx = namespaces.WithNamespace(context.Background(), namespace)
 	s.writeConfig(o.config)
@@ -443,6 +457,13 @@ func (s *shim) checkLeftovers() {
 		}
 		return nil
 	})
+	s.pids.mu.Lock()
+	defer s.pids.mu.Unlock()
+	for _, pid := range s.pids.all {
+		if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); running(int(pid)) {
+			s.t.Errorf("process of a container left behind: %d, %q", pid, cmdline)
+		}
+	}
 	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, p := range procs {
 		b, _ := os.ReadFile(p)

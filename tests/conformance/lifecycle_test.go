@@ -122,15 +122,23 @@ func checkEvents(t *testing.T, s *shim, pid uint32) {
 }
 
 func TestPidIsSafe(t *testing.T) {
-	s := newShim(t, args("sleep", "1000"))
+	s := newShim(t, options{spec: sleeper, rootfs: files(map[string]string{"only-here": ""})})
 	pid := s.mustCreate(nil, false)
 	s.mustStart("")
-	root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
+	root := fmt.Sprintf("/proc/%d/root", pid)
+	if _, err := os.Stat(root + "/only-here"); err != nil {
+		t.Errorf("the root of pid %d is not the container's: %v", pid, err)
+	}
+	if _, err := os.Stat(root + s.dir); err == nil {
+		t.Errorf("the root of pid %d has the host's %s", pid, s.dir)
+	}
+	// It is in the pod's network.
+	pod, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", s.findVM()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(fmt.Sprintf("/proc/%d/root/bin/busybox", pid)); err != nil {
-		t.Errorf("pid %d's root %s is not the container's: %v", pid, root, err)
+	if net, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil || net != pod {
+		t.Errorf("pid %d's network namespace = %s, %v; the virtual machine's is %s", pid, net, err, pod)
 	}
 	for _, ns := range []string{"pid", "mnt", "ipc", "uts", "net"} {
 		own, _ := os.Readlink("/proc/self/ns/" + ns)

@@ -160,6 +160,9 @@ func (s *shim) create(st *streams, terminal bool) (uint32, error) {
 		r.Stdin, r.Stdout, r.Stderr = st.stdin, st.stdout, st.stderr
 	}
 	resp, err := s.task.Create(s.call(), r)
+	if err == nil {
+		s.pids.add(resp.Pid)
+	}
 	return resp.GetPid(), err
 }
 

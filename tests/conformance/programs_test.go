@@ -124,7 +124,7 @@ func TestOldContainerd(t *testing.T) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
-	// docs/differences.md names these words.
+	// README.md names these words.
 	if err == nil || stdout.Len() > 0 || !strings.Contains(stderr.String(), "shim was started through the deprecated API") {
 		t.Errorf("shim start = %v, stdout %q, stderr %q; want an error of the API", err, stdout.Bytes(), stderr.Bytes())
 	}

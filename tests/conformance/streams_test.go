@@ -15,6 +15,8 @@ import (
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/tests/platform"
 )
 
 // random returns n bytes that do not repeat.
@@ -107,7 +109,8 @@ func TestBackgroundChildHoldsOutput(t *testing.T) {
 	if got := s.wait("bg"); got != 0 {
 		t.Errorf("exit status = %d; want 0", got)
 	}
-	if took := time.Since(start); took > 20*time.Second {
+	// Less than what a Delete waits for output.
+	if took := time.Since(start); took > 8*time.Second && !platform.Lab() {
 		t.Errorf("exit was reported after %v; want at once", took)
 	}
 	select {
