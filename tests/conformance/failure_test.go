@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -144,6 +145,10 @@ func TestGuestReboots(t *testing.T) {
 	_, _ = s.task.Start(s.call(), &taskapi.StartRequest{ID: s.id, ExecID: "crash"})
 	if got := s.wait(""); got != 137 {
 		t.Errorf("exit status = %d; want 137", got)
+	}
+	// The kernel's last words are in the log, for who debugs.
+	if !regexp.MustCompile(`level=debug msg="console: .*Restarting system`).MatchString(s.log.String()) {
+		t.Error("the log lacks what the guest's kernel wrote to its console")
 	}
 }
 
