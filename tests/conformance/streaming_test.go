@@ -179,7 +179,7 @@ func TestStreaming(t *testing.T) {
 		{"wrong address", streamingWrongAddress},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			tc.test(t, &shim{t: t, id: s.id, socket: s.socket, client: s.client, task: s.task, ctx: s.ctx})
+			tc.test(t, &shim{t: t, id: s.id, socket: s.socket, client: s.client, task: s.task, ctx: s.ctx, pids: s.pids})
 		})
 	}
 }
