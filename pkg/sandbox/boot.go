@@ -103,7 +103,7 @@ func (s *Sandbox) bootSteps(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to agent: %w", err)
 	}
-	s.rpc = newRPC(conn, func(fault error) {
+	s.rpc = newRPC(conn, requestTimeout, func(fault error) {
 		s.agentFault = fault
 		close(s.agentGone)
 	})

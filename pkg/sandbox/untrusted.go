@@ -3,10 +3,13 @@ package sandbox
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strings"
 	"sync"
+	"time"
 	"unicode"
 
 	"github.com/containerd/ttrpc"
@@ -23,21 +26,28 @@ const (
 	maxMessage = 256 << 10
 	// maxErrorText bounds the text of an error, in bytes.
 	maxErrorText = 4 << 10
+	// requestTimeout is how long an agent may take to read a request. The RPC
+	// library holds up every other request meanwhile, whatever the contexts of
+	// both say.
+	requestTimeout = 15 * time.Second
 )
 
-// newRPC returns a client of the agent at the other end of conn. closed is
-// called when the connection has ended, with the guest's fault if it has one.
-func newRPC(conn net.Conn, closed func(fault error)) *ttrpc.Client {
-	f := &frames{Conn: conn}
+// newRPC returns a client of the agent at the other end of conn, which must read
+// each request within timeout. closed is called when the connection has ended,
+// with the guest's fault if it has one.
+func newRPC(conn net.Conn, timeout time.Duration, closed func(fault error)) *ttrpc.Client {
+	f := &frames{Conn: conn, timeout: timeout}
 	return ttrpc.NewClient(f,
 		ttrpc.WithOnClose(func() { closed(f.Fault()) }),
 		ttrpc.WithUnaryClientInterceptor(boundErrors))
 }
 
 // frames is a ttrpc connection whose peer may send messages of at most
-// maxMessage bytes. The first that is longer is the connection's end.
+// maxMessage bytes and must read what it is sent. Its first fault is the
+// connection's end.
 type frames struct {
 	net.Conn
+	timeout time.Duration // of a Write
 
 	// Of the one reader: what is known of the header of the next message, and
 	// how much of the present one is to come.
@@ -59,12 +69,32 @@ func (f *frames) Fault() error {
 func (f *frames) Read(p []byte) (int, error) {
 	n, err := f.Conn.Read(p)
 	if fault := f.follow(p[:n]); fault != nil {
-		f.mu.Lock()
-		f.fault = fault
-		f.mu.Unlock()
+		f.blame(fault)
 		return 0, fault
 	}
 	return n, err
+}
+
+func (f *frames) Write(p []byte) (int, error) {
+	if err := f.Conn.SetWriteDeadline(time.Now().Add(f.timeout)); err != nil {
+		return 0, err
+	}
+	n, err := f.Conn.Write(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		// The peer has a part of a message: nothing can follow.
+		f.blame(fmt.Errorf("agent has not read a request within %v", f.timeout))
+		f.Conn.Close()
+	}
+	return n, err
+}
+
+// blame notes what the peer did wrong. The first counts.
+func (f *frames) blame(fault error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fault == nil {
+		f.fault = fault
+	}
 }
 
 // follow takes the next bytes of the stream. A message is a header of ten

@@ -52,15 +52,19 @@ func dialAgent(t *testing.T, answer error) *Sandbox {
 	api.RegisterAgentService(server, lyingAgent{err: answer})
 	taskapi.RegisterTTRPCTaskService(server, lyingTasks{err: answer})
 	go server.Serve(t.Context(), &once{conn: guest, done: t.Context().Done()})
+	t.Cleanup(func() { server.Close() })
+	return connected(t, host, requestTimeout)
+}
+
+// connected is a sandbox without a machine that has an RPC connection.
+func connected(t *testing.T, conn net.Conn, timeout time.Duration) *Sandbox {
+	t.Helper()
 	s := &Sandbox{dead: make(chan struct{}), agentGone: make(chan struct{})}
-	s.rpc = newRPC(host, func(fault error) {
+	s.rpc = newRPC(conn, timeout, func(fault error) {
 		s.agentFault = fault
 		close(s.agentGone)
 	})
-	t.Cleanup(func() {
-		s.rpc.Close()
-		server.Close()
-	})
+	t.Cleanup(func() { s.rpc.Close() })
 	return s
 }
 
@@ -142,6 +146,41 @@ func TestAgentSendsTooMuch(t *testing.T) {
 	}
 	if s.agentFault == nil || !strings.Contains(s.agentFault.Error(), fmt.Sprintf("at most %d", maxMessage)) {
 		t.Errorf("fault = %v; want the limit in it", s.agentFault)
+	}
+}
+
+// An agent that reads no requests holds up none of the host's for longer than
+// it may, whatever their own deadlines are: the connection ends.
+func TestAgentDoesNotRead(t *testing.T) {
+	host, guest := net.Pipe()
+	defer guest.Close()
+	s := connected(t, host, 100*time.Millisecond)
+	begin := time.Now()
+	answers := make(chan error)
+	const requests = 3
+	for range requests {
+		go func() {
+			_, err := s.Tasks().Kill(t.Context(), &taskapi.KillRequest{ID: "c", Signal: 9})
+			answers <- err
+		}()
+	}
+	for range requests {
+		select {
+		case err := <-answers:
+			if err == nil {
+				t.Error("Kill() = nil; want an error")
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("a request waits for ever")
+		}
+	}
+	select {
+	case <-s.agentGone:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the connection goes on")
+	}
+	if s.agentFault == nil || !strings.Contains(s.agentFault.Error(), "has not read a request within 100ms") {
+		t.Errorf("fault = %v after %v; want that it does not read", s.agentFault, time.Since(begin))
 	}
 }
 
