@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"time"
@@ -27,8 +28,11 @@ type container struct {
 	// spec is as containerd wrote it; read only.
 	spec *specs.Spec
 	init *process
-	// known is closed once requests about the container are answered.
-	known chan struct{}
+	// known is closed once requests about the container are answered, settled
+	// when Create has ended, with its rollback.
+	known, settled chan struct{}
+	// cancel ends Create.
+	cancel context.CancelCauseFunc
 	// isPod is true for the container by which CRI names a pod, whose process
 	// the virtual machine is in place of.
 	isPod bool

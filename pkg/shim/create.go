@@ -54,14 +54,18 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			undo.run(ctx)
 		}
 	}()
-	c, err := s.newContainer(r)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	c, err := s.newContainer(r, cancel)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(refuse(err))
 	}
+	undo.add(func(context.Context) { close(c.settled) })
 	undo.add(func(context.Context) { s.forget(c) })
 	if err := s.create(ctx, c, r, &undo, phases); err != nil {
 		return nil, errgrpc.ToGRPC(refuse(err))
 	}
+	close(c.settled)
 	phases.log(ctx, "container created", c.id)
 	return &taskapi.CreateTaskResponse{Pid: c.pid()}, nil
 }
@@ -76,8 +80,9 @@ func refuse(err error) error {
 	return errgrpc.ToNative(status.Error(codes.FailedPrecondition, err.Error()))
 }
 
-// newContainer checks the request and records the container.
-func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error) {
+// newContainer checks the request and records the container, whose creation
+// cancel ends.
+func (s *service) newContainer(r *taskapi.CreateTaskRequest, cancel context.CancelCauseFunc) (*container, error) {
 	if err := api.CheckID(r.ID); err != nil {
 		return nil, fmt.Errorf("create container: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -93,7 +98,7 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	}
 	known := make(chan struct{})
 	c := &container{
-		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{}, known: known,
+		id: r.ID, bundle: r.Bundle, spec: spec, isPod: isPod(spec), execs: map[string]*process{}, known: known, settled: make(chan struct{}), cancel: cancel,
 		init: newProcess("", stdio.Config{
 			Namespace: s.namespace, ID: r.ID,
 			Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
@@ -102,6 +107,9 @@ func (s *service) newContainer(r *taskapi.CreateTaskRequest) (*container, error)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.abandoned {
+		return nil, fmt.Errorf("create container %s: %w", c.id, errAbandoned)
+	}
 	if _, ok := s.containers[c.id]; ok {
 		return nil, fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
 	}
@@ -171,13 +179,26 @@ func (s *service) create(ctx context.Context, c *container, r *taskapi.CreateTas
 	if err != nil {
 		return err
 	}
+	if err := s.appear(c); err != nil {
+		return err
+	}
 	s.created(ctx, sb, c)
+	return nil
+}
+
+// appear makes a container one that clients see.
+func (s *service) appear(c *container) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.abandoned {
+		return fmt.Errorf("create container %s: %w", c.id, errAbandoned)
+	}
+	c.init.setState(statusCreated)
 	return nil
 }
 
 // created announces a container that was created.
 func (s *service) created(ctx context.Context, sb *sandbox.Sandbox, c *container) {
-	c.init.setState(statusCreated)
 	close(c.known)
 	s.saveState()
 	s.events.send(&eventstypes.TaskCreate{

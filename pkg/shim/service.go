@@ -71,6 +71,8 @@ type service struct {
 
 	mu         sync.Mutex
 	containers map[string]*container
+	// abandoned is true once Shutdown has found nothing that keeps the shim.
+	abandoned bool
 	// sandbox is nil until the first Create or CreateSandbox; pod is what it
 	// was made for.
 	sandbox *sandbox.Sandbox
@@ -238,17 +240,19 @@ func (s *service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskReque
 	return nil, errgrpc.ToGRPC(fmt.Errorf("checkpoint container %s: not supported in a virtual machine: %w", r.ID, errdefs.ErrNotImplemented))
 }
 
-// Shutdown ends the sandbox and the shim once no container is left.
+// Shutdown ends the sandbox and the shim once no container is left. A container
+// that is still being created does not keep them: nobody waits for it any more.
 func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
-	s.mu.Lock()
-	stays := len(s.containers) > 0 || s.api != nil && !s.api.isShutDown()
-	s.mu.Unlock()
+	creating, stays := s.abandon()
 	if stays {
 		return empty, nil
 	}
 	// containerd runs `shim delete` once this has returned: by then nothing
 	// shall be left for it.
 	phases := startPhases()
+	if err := s.awaitCreates(ctx, creating); err != nil {
+		log.G(ctx).WithError(err).Error("shut down")
+	}
 	if err := s.stopSandbox(ctx); err != nil {
 		log.G(ctx).WithError(err).Error("stop sandbox")
 	} else {
@@ -256,6 +260,47 @@ func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*em
 	}
 	s.shutdown.Shutdown()
 	return empty, nil
+}
+
+// abandon reports whether there is something that keeps the shim. If not, it
+// returns the containers that are being created; from now on none can be.
+func (s *service) abandon() (creating []*container, stays bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.api != nil && !s.api.isShutDown() {
+		return nil, true
+	}
+	for _, c := range s.containers {
+		if state, _, _ := c.init.snapshot(); state != task.Status_UNKNOWN {
+			return nil, true
+		}
+		creating = append(creating, c)
+	}
+	s.abandoned = true
+	return creating, false
+}
+
+// errAbandoned is the end of what is created in a shim that is shut down.
+var errAbandoned = fmt.Errorf("the shim is being shut down: %w", errdefs.ErrUnavailable)
+
+// awaitCreates ends the creation of containers and waits for its rollback.
+func (s *service) awaitCreates(ctx context.Context, creating []*container) error {
+	if len(creating) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	for _, c := range creating {
+		c.cancel(errAbandoned)
+	}
+	for _, c := range creating {
+		select {
+		case <-c.settled:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of the creation of container %s: %w", c.id, ctx.Err())
+		}
+	}
+	return nil
 }
 
 // stopSandbox ends the virtual machine, if there is one. Idempotent.
