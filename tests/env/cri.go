@@ -146,7 +146,11 @@ func (e *Env) dropIn() (string, error) {
 	for _, l := range []struct {
 		wanted bool
 		line   string
-	}{{e.cfg.CRI.Sandboxer == "shim", `sandboxer = "shim"`}, {e.cfg.CRI.Streaming, `io_type = "streaming"`}} {
+	}{
+		{e.cfg.CRI.Sandboxer == "shim", `sandboxer = "shim"`},
+		{e.cfg.CRI.Sandboxer == "shim", `disable_pause_image_pull = true`},
+		{e.cfg.CRI.Streaming, `io_type = "streaming"`},
+	} {
 		if !l.wanted {
 			continue
 		}
