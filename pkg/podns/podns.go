@@ -75,7 +75,8 @@ type call struct {
 	done chan error
 }
 
-// Open makes the namespaces and the thread that holds them.
+// Open makes the namespaces and the thread that holds them. A NetNS that is not
+// there, or is no network namespace, is an errdefs.ErrFailedPrecondition.
 func Open(cfg Config) (*Namespaces, error) {
 	netns, err := openNet(cfg.NetNS)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -156,6 +157,8 @@ func TestBadNetwork(t *testing.T) {
 			t.Errorf("Open(NetNS: %q) = nil; want an error", path)
 		} else if !strings.Contains(err.Error(), path) {
 			t.Errorf("Open(NetNS: %q) = %q; want the path in it", path, err)
+		} else if !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("Open(NetNS: %q) = %q; want a failed precondition", path, err)
 		}
 	}
 	ns := podnstest.Open(t, podns.Config{})

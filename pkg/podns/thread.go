@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,14 +65,14 @@ func openNet(path string) (*os.File, error) {
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("open the pod's network namespace: %w", err)
+		return nil, fmt.Errorf("open the pod's network namespace: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	return f, nil
 }
 
 func joinNet(netns *os.File) error {
 	if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("join network namespace %s: %w", netns.Name(), err)
+		return fmt.Errorf("join network namespace %s: %w: %w", netns.Name(), err, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
