@@ -137,8 +137,8 @@ func (c *Config) validate() error {
 	if c.MemoryMiB < 64 || c.MemoryMiB > 1<<24 {
 		bad("memory_mib = %d: want 64 to %d", c.MemoryMiB, 1<<24)
 	}
-	if c.CPUs < 1 || c.CPUs > 64 {
-		bad("cpus = %d: want 1 to 64", c.CPUs)
+	if c.CPUs < 1 || c.CPUs > hypervisor.MaxCPUs {
+		bad("cpus = %d: want 1 to %d", c.CPUs, hypervisor.MaxCPUs)
 	}
 	if c.BootTimeout < time.Second || c.BootTimeout > time.Hour {
 		bad("boot_timeout = %q: want 1s to 1h", c.BootTimeout)

@@ -35,13 +35,17 @@ const (
 // containerd's namespaces, whose names start with a letter or a digit.
 const DefaultCacheDir = "/run/vmrt/.cache"
 
+// MaxCPUs bounds a virtual machine's CPUs: the guest's kernel knows no more
+// (guest/kernel.config.fragment, NR_CPUS).
+const MaxCPUs = 64
+
 // Spec is everything that is fixed when a virtual machine starts.
 type Spec struct {
 	// Name appears in the process list and in errors.
 	Name string
 	// Accelerator is KVM or TCG.
 	Accelerator Accelerator
-	// CPUs is the number of virtual CPUs, 1 to 64.
+	// CPUs is the number of virtual CPUs, 1 to MaxCPUs.
 	CPUs int
 	// MemoryMiB is the guest's memory, at least 64.
 	MemoryMiB int
@@ -112,8 +116,8 @@ func (s *Spec) Validate() error {
 		return fmt.Errorf("vm spec: name %q: want printable characters", s.Name)
 	case s.Accelerator != KVM && s.Accelerator != TCG:
 		return fmt.Errorf("vm spec: accelerator %q: want %q or %q", s.Accelerator, KVM, TCG)
-	case s.CPUs < 1 || s.CPUs > 64:
-		return fmt.Errorf("vm spec: %d CPUs: want 1 to 64", s.CPUs)
+	case s.CPUs < 1 || s.CPUs > MaxCPUs:
+		return fmt.Errorf("vm spec: %d CPUs: want 1 to %d", s.CPUs, MaxCPUs)
 	case s.MemoryMiB < 64:
 		return fmt.Errorf("vm spec: %d MiB of memory: want at least 64", s.MemoryMiB)
 	case s.Kernel == "" || s.Initrd == "":

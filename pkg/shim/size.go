@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmrt/vmrt/api/cri"
 	"github.com/vmrt/vmrt/pkg/config"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
 )
 
 // guestMiB is what a guest's kernel and agent may take of its memory: a limit
@@ -49,7 +50,8 @@ func thisMachine() (machine, error) {
 
 // size returns the memory in MiB and the number of CPUs of a virtual machine:
 // the configuration's, more memory where the limit asks for it, and as many
-// CPUs as the limit can use. What the host does not have is not given.
+// CPUs as the limit can use. What the host does not have, or a guest cannot
+// have, is not given.
 func (m machine) size(l limits, settings *config.Config) (memoryMiB, cpus int, err error) {
 	memoryMiB, cpus = settings.MemoryMiB, settings.CPUs
 	switch {
@@ -66,7 +68,7 @@ func (m machine) size(l limits, settings *config.Config) (memoryMiB, cpus int, e
 	}
 	if l.cpuQuota > 0 && l.period > 0 {
 		wanted := (l.cpuQuota-1)/l.period + 1
-		cpus = max(cpus, int(min(wanted, int64(m.cpus))))
+		cpus = max(cpus, int(min(wanted, int64(m.cpus), hypervisor.MaxCPUs)))
 	}
 	return memoryMiB, cpus, nil
 }
@@ -103,8 +105,10 @@ func annotatedLimits(annotations map[string]string) (l limits, err error) {
 	return l, nil
 }
 
-// criLimits returns the limits in a pod's configuration. Its overhead is what
-// the runtime itself may use on top.
+// criLimits returns the limits in a pod's configuration. Its overhead, of which
+// CRI tells nothing in its other mode, is what the host's processes and the
+// guest's kernel may use on top of them: it bounds the pod's cgroup and does not
+// make the virtual machine larger.
 func criLimits(linux *cri.LinuxPodSandboxConfig) limits {
 	r := linux.GetResources()
 	return limits{memory: r.GetMemoryLimitInBytes(), cpuQuota: r.GetCpuQuota(), period: r.GetCpuPeriod()}

@@ -6,6 +6,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/vmrt/vmrt/pkg/config"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
 )
 
 func TestSize(t *testing.T) {
@@ -31,6 +32,10 @@ func TestSize(t *testing.T) {
 		if err != nil || memory != tt.memory || cpus != tt.cpus {
 			t.Errorf("%s: size(%+v) = %d, %d, %v; want %d, %d", tt.name, tt.limits, memory, cpus, err, tt.memory, tt.cpus)
 		}
+	}
+	large := machine{memoryMiB: 16384, cpus: 256}
+	if _, cpus, err := large.size(limits{cpuQuota: 1 << 60, period: 1}, settings); err != nil || cpus != hypervisor.MaxCPUs {
+		t.Errorf("size() on a host with 256 CPUs = %d CPUs, %v; want the %d that a guest can have", cpus, err, hypervisor.MaxCPUs)
 	}
 	for _, l := range []limits{{memory: -2}, {cpuQuota: -2}, {period: -1}} {
 		if _, _, err := host.size(l, settings); !errdefs.IsInvalidArgument(err) {
