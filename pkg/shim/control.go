@@ -206,8 +206,12 @@ func rewriteUpdate(encoded *anypb.Any) (_ *anypb.Any, warnings []string, err err
 	return out, warnings, err
 }
 
-// Stats returns the container's cgroup v2 metrics as the guest counts them.
+// Stats returns the container's cgroup v2 metrics as the guest counts them; for
+// the container of a pod, the pod's as the host does.
 func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.StatsResponse, error) {
+	if c, err := s.container(r.ID); err == nil && c.isPod {
+		return s.podStats(c)
+	}
 	resp := &taskapi.StatsResponse{}
 	err := s.ask(ctx, "metrics of container", r.ID, func(ctx context.Context, sb *sandbox.Sandbox, c *container) error {
 		got, err := sb.Tasks().Stats(ctx, &taskapi.StatsRequest{ID: r.ID})

@@ -31,6 +31,9 @@ func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sa
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sandbox != nil {
+		if s.podEnded() {
+			return nil, false, fmt.Errorf("create container %s: pod %s has ended: %w", c.id, s.sandbox.ID(), errdefs.ErrUnavailable)
+		}
 		return s.sandbox, false, alive(s.sandbox)
 	}
 	if s.api != nil {
@@ -44,6 +47,20 @@ func (s *service) ensureSandbox(c *container, options *anypb.Any) (_ *sandbox.Sa
 		return nil, false, err
 	}
 	return s.sandbox, true, nil
+}
+
+// podEnded reports whether the container that stands for the pod has ended,
+// whose namespaces no other can join any more. s.mu is held.
+func (s *service) podEnded() bool {
+	if s.api != nil || s.pod == nil || s.pod.open == nil {
+		return false // no container stands for a pod
+	}
+	c := s.containers[s.sandbox.ID()]
+	if c == nil {
+		return true
+	}
+	state, _, _ := c.init.snapshot()
+	return state == statusStopped
 }
 
 // newSandbox makes the sandbox, whose state begins with containers. s.mu is

@@ -8,9 +8,11 @@ import (
 
 	cgroup2stats "github.com/containerd/cgroups/v3/cgroup2/stats"
 	eventstypes "github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/sandbox"
@@ -56,6 +58,26 @@ func podOnly(c *container, what string) error {
 		return nil
 	}
 	return fmt.Errorf("%s %s: it is a pod, whose virtual machine has no process for it: %w", what, c.id, errdefs.ErrNotImplemented)
+}
+
+// podStats answers Stats for the container of a pod.
+func (s *service) podStats(c *container) (*taskapi.StatsResponse, error) {
+	sb, err := s.guest()
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	if state, _, _ := c.init.snapshot(); state == statusStopped {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("metrics of container %s: it has ended: %w", c.id, errdefs.ErrNotFound))
+	}
+	metrics, err := podMetrics(sb)
+	if err != nil {
+		return nil, err
+	}
+	stats, err := typeurl.MarshalAnyToProto(metrics)
+	if err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &taskapi.StatsResponse{Stats: stats}, nil
 }
 
 // podMetrics are what the host counts for the pod: its virtual machine and the
