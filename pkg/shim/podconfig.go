@@ -256,12 +256,13 @@ func (p *podConfig) writeFiles(dir string) error {
 
 // addMounts adds to the spec of a container of the pod what the Sandbox API
 // leaves to the runtime: the pod's files, which writeFiles has put into dir,
-// and its /dev/shm instead of one of its own.
+// and, for a container in the pod's ipc namespace, the pod's /dev/shm instead of
+// one of its own.
 func (p *podConfig) addMounts(spec *specs.Spec, dir string) {
 	if len(p.files) == 0 {
 		return
 	}
-	if p.open.ShmBytes > 0 {
+	if p.open.ShmBytes > 0 && joins(spec, specs.IPCNamespace) {
 		for i, m := range spec.Mounts {
 			if filepath.Clean(m.Destination) == "/dev/shm" && m.Type == "tmpfs" {
 				spec.Mounts[i] = specs.Mount{
@@ -288,4 +289,11 @@ func (p *podConfig) addMounts(spec *specs.Spec, dir string) {
 			Options: []string{"rbind", "rprivate", mode},
 		})
 	}
+}
+
+// joins reports whether the container joins a namespace that exists.
+func joins(spec *specs.Spec, kind specs.LinuxNamespaceType) bool {
+	return spec.Linux != nil && slices.ContainsFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool {
+		return n.Type == kind && n.Path != ""
+	})
 }

@@ -105,17 +105,28 @@ func TestAddMounts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spec := &specs.Spec{Root: &specs.Root{Readonly: true}, Mounts: []specs.Mount{
-		{Destination: "/dev/shm", Type: "tmpfs"}, {Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"},
-	}}
-	p.addMounts(spec, "/files")
-	want := []specs.Mount{
-		{Destination: "/dev/shm", Type: "bind", Source: podShmSource, Options: []string{"rbind", "rprivate", "rw"}},
-		{Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"},
-		{Destination: "/etc/hostname", Type: "bind", Source: "/files/hostname", Options: []string{"rbind", "rprivate", "ro"}},
-		{Destination: "/etc/resolv.conf", Type: "bind", Source: "/files/resolv.conf", Options: []string{"rbind", "rprivate", "ro"}},
-	}
-	if diff := cmp.Diff(want, spec.Mounts); diff != "" {
-		t.Errorf("mounts (-want +got):\n%s", diff)
+	shm := specs.Mount{Destination: "/dev/shm", Type: "tmpfs"}
+	for _, tt := range []struct {
+		name, ipc string
+		shm       specs.Mount
+	}{
+		{"shares memory", "/proc/42/ns/ipc", specs.Mount{Destination: "/dev/shm", Type: "bind", Source: podShmSource, Options: []string{"rbind", "rprivate", "rw"}}},
+		{"has its own", "", shm},
+	} {
+		spec := &specs.Spec{
+			Root:   &specs.Root{Readonly: true},
+			Mounts: []specs.Mount{shm, {Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"}},
+			Linux:  &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.IPCNamespace, Path: tt.ipc}}},
+		}
+		p.addMounts(spec, "/files")
+		want := []specs.Mount{
+			tt.shm,
+			{Destination: "/etc/hosts", Type: "bind", Source: "/kubelet/hosts"},
+			{Destination: "/etc/hostname", Type: "bind", Source: "/files/hostname", Options: []string{"rbind", "rprivate", "ro"}},
+			{Destination: "/etc/resolv.conf", Type: "bind", Source: "/files/resolv.conf", Options: []string{"rbind", "rprivate", "ro"}},
+		}
+		if diff := cmp.Diff(want, spec.Mounts); diff != "" {
+			t.Errorf("mounts of a container that %s (-want +got):\n%s", tt.name, diff)
+		}
 	}
 }
