@@ -200,16 +200,20 @@ func (s *service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.
 
 // Pids returns the host process that stands for the container. The guest's own
 // pids mean nothing on the host and never leave it.
+//
+// A container that has ended is an error, and not an empty list: containerd,
+// when it has started again, takes the empty list for a shim that nobody needs
+// and deletes the container, and with it the exit status that nobody has heard
+// of yet (core/runtime/v2/shim_load.go, shouldCleanupShim).
 func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	resp := &taskapi.PidsResponse{}
-	if state, _, _ := c.init.snapshot(); state != statusStopped {
-		resp.Processes = []*task.ProcessInfo{{Pid: c.pid()}}
+	if state, _, _ := c.init.snapshot(); state == statusStopped {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("processes of container %s: it has ended: %w", c.id, errdefs.ErrFailedPrecondition))
 	}
-	return resp, nil
+	return &taskapi.PidsResponse{Processes: []*task.ProcessInfo{{Pid: c.pid()}}}, nil
 }
 
 // Connect returns the shim's pid and the container's.

@@ -157,7 +157,7 @@ var conversations = []struct {
 	}},
 	{"stopped", []request{
 		create, start(""), addExec("never"), kill("", 9, false), wait(""), wait(""),
-		state(""), pids, start(""), pause, resume, kill("", 9, false), kill("", 9, true), addExec("e"), resize(""), closeIO, update, stats,
+		state(""), start(""), pause, resume, kill("", 9, false), kill("", 9, true), addExec("e"), resize(""), closeIO, update, stats,
 		start("never"), kill("never", 9, false), remove("never"),
 		remove(""), remove(""), state(""), wait(""), kill("", 9, false),
 	}},
