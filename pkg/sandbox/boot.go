@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -65,7 +66,7 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 // explain returns why the boot has failed: the end of the VM says more than the
 // read that it broke, and comes just after it.
 func (s *Sandbox) explain(ctx context.Context, err error) error {
-	if s.machine() != nil && ctx.Err() == nil {
+	if s.machine() != nil && ctx.Err() == nil && !errdefs.IsInvalidArgument(err) { // that is an answer
 		select {
 		case <-s.dead:
 		case <-ctx.Done():

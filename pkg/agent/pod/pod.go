@@ -98,12 +98,12 @@ func (p *Pod) enter(r *api.OpenPodRequest) error {
 		return fmt.Errorf("make ipc and uts namespaces: %w", err)
 	}
 	if r.Hostname != "" {
-		if err := unix.Sethostname([]byte(r.Hostname)); err != nil {
+		if err := invalid(unix.Sethostname([]byte(r.Hostname))); err != nil {
 			return fmt.Errorf("set host name %q: %w", r.Hostname, err)
 		}
 	}
 	if r.Domainname != "" {
-		if err := unix.Setdomainname([]byte(r.Domainname)); err != nil {
+		if err := invalid(unix.Setdomainname([]byte(r.Domainname))); err != nil {
 			return fmt.Errorf("set domain name %q: %w", r.Domainname, err)
 		}
 	}
@@ -141,10 +141,18 @@ func setSysctl(root, key, value string) error {
 		_, err = f.WriteString(value)
 		err = errors.Join(err, f.Close())
 	}
-	if err != nil {
+	if err := invalid(err); err != nil {
 		return fmt.Errorf("write sysctl %s = %q: %w", key, value, err)
 	}
 	return nil
+}
+
+// invalid gives an error its kind where it means that the request is wrong.
+func invalid(err error) error {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return err
 }
 
 // keep binds a namespace to its file.
