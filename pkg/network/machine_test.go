@@ -32,8 +32,9 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 	"github.com/vmrt/vmrt/pkg/network"
-	"github.com/vmrt/vmrt/pkg/network/internal/probe"
 	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/tests/platform"
+	"github.com/vmrt/vmrt/tests/probe"
 )
 
 // bootTimeout bounds a boot on a busy machine without hardware virtualisation.
@@ -269,8 +270,8 @@ func (m *machine) run(command string) string {
 	return out
 }
 
-var buildProbe = sync.OnceValues(func() ([]byte, error) { return build("./internal/probe/guest") })
-var buildAgent = sync.OnceValues(func() ([]byte, error) { return build("../../cmd/vm-agent") })
+var buildProbe = sync.OnceValues(func() ([]byte, error) { return build("pkg/network/internal/probe/guest") })
+var buildAgent = sync.OnceValues(func() ([]byte, error) { return build("cmd/vm-agent") })
 
 // build returns a static program.
 func build(pkg string) ([]byte, error) {
@@ -279,11 +280,9 @@ func build(pkg string) ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	program := filepath.Join(dir, "program")
-	cmd := exec.Command("go", "build", "-tags=no_grpc", "-trimpath", "-ldflags=-s -w", "-o", program, pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	program, err := platform.Build(pkg, dir)
+	if err != nil {
+		return nil, err
 	}
 	return os.ReadFile(program)
 }

@@ -16,8 +16,8 @@ import (
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
-	"github.com/vmrt/vmrt/pkg/network/internal/probe"
 	"github.com/vmrt/vmrt/pkg/vsock"
+	"github.com/vmrt/vmrt/tests/probe"
 )
 
 // port is where every probe serves, on every address.

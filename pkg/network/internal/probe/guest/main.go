@@ -11,7 +11,7 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
-	"github.com/vmrt/vmrt/pkg/network/internal/probe"
+	"github.com/vmrt/vmrt/tests/probe"
 )
 
 func main() {

@@ -1,9 +1,10 @@
 //go:build linux
 
-// Package probe is what the tests of package network run at both ends of a
-// network: servers that echo and digest, and clients that check and measure.
-// The same code runs in a network namespace of the host and, served by net/rpc
-// over vsock, in a container of a virtual machine. For tests only.
+// Package probe is what tests run at both ends of a network: servers that echo
+// and digest, and clients that check and measure. The same code runs in a
+// network namespace of the host; served by net/rpc over vsock in a container of
+// a virtual machine; and as a program (tests/env/image/program/probe) in the
+// containers of any runtime.
 package probe
 
 import (
