@@ -48,7 +48,16 @@ func newPodsandbox(t *testing.T, change func(*specs.Spec)) *pod {
 			t.Errorf("unmount the pod's shm: %v", err)
 		}
 	})
-	s := newShim(t, options{spec: func(spec *specs.Spec) {
+	s := newShim(t, options{spec: podSpec(shm, change)})
+	p := &pod{shim: s, pid: s.mustCreate(nil, false), shm: shm}
+	s.mustStart("")
+	return p
+}
+
+// podSpec makes a spec what CRI writes for a pod, whose /dev/shm is at shm on
+// the host, and then changes it.
+func podSpec(shm string, change func(*specs.Spec)) func(*specs.Spec) {
+	return func(spec *specs.Spec) {
 		spec.Process.Args = []string{"/pause"}
 		spec.Hostname = "pod-name"
 		spec.Annotations = map[string]string{"io.kubernetes.cri.container-type": "sandbox"}
@@ -61,10 +70,7 @@ func newPodsandbox(t *testing.T, change func(*specs.Spec)) *pod {
 		if change != nil {
 			change(spec)
 		}
-	}})
-	p := &pod{shim: s, pid: s.mustCreate(nil, false), shm: shm}
-	s.mustStart("")
-	return p
+	}
 }
 
 // sandboxes is the Sandbox API of the shim.
@@ -120,9 +126,15 @@ func criConfig(t *testing.T, change func(*cri.PodSandboxConfig)) *anypb.Any {
 // newAPIPod makes a pod by the Sandbox API.
 func newAPIPod(t *testing.T, change func(*cri.PodSandboxConfig)) *pod {
 	t.Helper()
+	return newAPIPodIn(t, "", change)
+}
+
+// newAPIPodIn is newAPIPod in a network namespace.
+func newAPIPodIn(t *testing.T, netns string, change func(*cri.PodSandboxConfig)) *pod {
+	t.Helper()
 	s := newAPIShim(t)
 	_, err := s.sandboxes().CreateSandbox(s.call(), &sandboxapi.CreateSandboxRequest{
-		SandboxID: s.id, BundlePath: s.bundle, Options: criConfig(t, change),
+		SandboxID: s.id, BundlePath: s.bundle, NetnsPath: netns, Options: criConfig(t, change),
 	})
 	if err != nil {
 		t.Fatalf("CreateSandbox = %v; want nil", err)
@@ -229,6 +241,33 @@ func TestPodShares(t *testing.T) {
 		}
 		if got := b.out("stat -f -c %T /dev/shm"); got != "tmpfs" {
 			t.Errorf("/dev/shm is %q; want a tmpfs of the guest's", got)
+		}
+		// One that asks for none of it has none of it.
+		own := p.container(func(s *specs.Spec) {
+			for i, n := range s.Linux.Namespaces {
+				if n.Type == specs.IPCNamespace || n.Type == specs.UTSNamespace {
+					s.Linux.Namespaces[i].Path = ""
+				}
+			}
+			s.Hostname = "own-name"
+			for i, m := range s.Mounts {
+				if m.Destination == "/dev/shm" {
+					s.Mounts[i] = specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}}
+				}
+			}
+		})
+		own.launch()
+		defer own.discard()
+		for _, kind := range []string{"ipc", "uts"} {
+			if x, y := a.out("readlink /proc/self/ns/"+kind), own.out("readlink /proc/self/ns/"+kind); x == y {
+				t.Errorf("%s namespace of a container with its own = %s; want another than the pod's", kind, x)
+			}
+		}
+		if got := own.out("hostname; ls /dev/shm"); got != "own-name" {
+			t.Errorf("host name and /dev/shm of a container with its own = %q; want own-name and no file", got)
+		}
+		if got := a.out("hostname"); got != "pod-name" {
+			t.Errorf("host name = %q after another container has set its own; want pod-name", got)
 		}
 		if got := a.out("ps -o comm | grep -c sleep"); got != "1" {
 			t.Errorf("container sees %s processes called sleep; want its own alone", got)
@@ -375,64 +414,6 @@ func TestSandboxAPI(t *testing.T) {
 		t.Errorf("Create in a stopped sandbox = %v; want unavailable", err)
 	}
 	c.delete("")
-}
-
-func TestSandboxAPIErrors(t *testing.T) {
-	s := newAPIShim(t)
-	api := s.sandboxes()
-	if _, err := api.StartSandbox(s.call(), &sandboxapi.StartSandboxRequest{SandboxID: s.id}); !errdefs.IsNotFound(nativeError(err)) {
-		t.Errorf("StartSandbox without Create = %v; want not found", err)
-	}
-	if _, err := api.SandboxStatus(s.call(), &sandboxapi.SandboxStatusRequest{SandboxID: s.id}); !errdefs.IsNotFound(nativeError(err)) {
-		t.Errorf("SandboxStatus without Create = %v; want not found", err)
-	}
-	create := func(change func(*cri.PodSandboxConfig), edit func(*sandboxapi.CreateSandboxRequest)) error {
-		r := &sandboxapi.CreateSandboxRequest{SandboxID: s.id, BundlePath: s.bundle, Options: criConfig(t, change)}
-		if edit != nil {
-			edit(r)
-		}
-		_, err := api.CreateSandbox(s.call(), r)
-		return nativeError(err)
-	}
-	for _, tt := range []struct {
-		name   string
-		change func(*cri.PodSandboxConfig)
-		edit   func(*sandboxapi.CreateSandboxRequest)
-		is     func(error) bool
-	}{
-		{"sysctl of the host's network", func(c *cri.PodSandboxConfig) {
-			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_forward": "1"}
-			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}}
-		}, nil, errdefs.IsInvalidArgument},
-		{"user namespace", func(c *cri.PodSandboxConfig) {
-			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{}}}
-		}, nil, errdefs.IsFailedPrecondition},
-		{"negative memory", func(c *cri.PodSandboxConfig) {
-			c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: -5}
-		}, nil, errdefs.IsInvalidArgument},
-		{"netns that is not there", nil, func(r *sandboxapi.CreateSandboxRequest) { r.NetnsPath = "/run/netns/vmrt-no-such" }, errdefs.IsUnknown},
-		{"other options", nil, func(r *sandboxapi.CreateSandboxRequest) { r.Options.TypeUrl = "other" }, errdefs.IsInvalidArgument},
-		{"bad id", nil, func(r *sandboxapi.CreateSandboxRequest) { r.SandboxID = "../x" }, errdefs.IsInvalidArgument},
-	} {
-		if err := create(tt.change, tt.edit); err == nil || !tt.is(err) {
-			t.Errorf("CreateSandbox with %s = %v; want another kind", tt.name, err)
-		} else {
-			t.Logf("%s: %v", tt.name, err)
-		}
-	}
-	// None of that has left anything: it can still be created.
-	if err := create(func(c *cri.PodSandboxConfig) {
-		c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 1 << 60, CpuQuota: 1 << 50, CpuPeriod: 1000}
-	}, nil); err != nil {
-		t.Fatalf("CreateSandbox with absurd limits = %v; want nil", err)
-	}
-	if err := create(nil, nil); !errdefs.IsAlreadyExists(err) {
-		t.Errorf("second CreateSandbox = %v; want already exists", err)
-	}
-	// Stopped while it boots.
-	if _, err := api.StopSandbox(s.call(), &sandboxapi.StopSandboxRequest{SandboxID: s.id}); err != nil {
-		t.Errorf("StopSandbox of a booting sandbox = %v; want nil", err)
-	}
 }
 
 // A pod is resized within what its virtual machine was started with.
