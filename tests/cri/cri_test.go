@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -54,7 +55,7 @@ func startWith(t testing.TB, cri env.CRI, config string) *env.Env {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cri.Runtime, cri.Images = "vmrt", []image.Image{busybox}
+	cri.Runtime, cri.Images = "vmrt", append(slices.Clone(cri.Images), busybox)
 	return env.ForTest(t, env.Config{BinDirs: []string{bin}, CRI: &cri, VMRT: config})
 }
 
@@ -87,7 +88,12 @@ func runPod(t *testing.T, e *env.Env, name string, config env.Object) *pod {
 // run starts a container that runs a shell script.
 func (p *pod) run(name, script string) (id string) {
 	p.t.Helper()
-	id, err := p.Pod.Run(p.ctx, name, image.BusyboxName, env.Object{"command": []string{"sh", "-c", script}})
+	return p.runImage(name, image.BusyboxName, script)
+}
+
+func (p *pod) runImage(name, image, script string) (id string) {
+	p.t.Helper()
+	id, err := p.Pod.Run(p.ctx, name, image, env.Object{"command": []string{"sh", "-c", script}})
 	if err != nil {
 		p.t.Fatal(err)
 	}

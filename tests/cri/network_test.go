@@ -18,7 +18,7 @@ import (
 )
 
 // serve is a web server that answers with its pod's name.
-const serve = "mkdir /srv; hostname > /srv/index.html; exec httpd -f -p 8080 -h /srv"
+const serve = "mkdir /srv; hostname > /srv/index.html; probe serve :7000 & exec httpd -f -p 8080 -h /srv"
 
 // ips returns the addresses that CRI knows of the pod.
 func (p *pod) ips() (all []string) {
@@ -118,11 +118,15 @@ func ipam(t *testing.T, n int) env.Object {
 	}
 }
 
-// TestNetwork has pods on the networks that real CNI plugins make. Package
-// network's own tests have what a frame can be: UDP, and sizes.
+// TestNetwork has pods on the networks that real CNI plugins make.
 func TestNetwork(t *testing.T) {
-	e := start(t, "podsandbox")
 	ctx := env.Context(t)
+	probe, err := image.Probe(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := startCRI(t, env.CRI{Images: []image.Image{probe}})
+	onHost, outside := hostProbe(t, e)
 	// macvlan needs something to be on.
 	if _, err := e.Command(ctx, "ip", "link", "add", "uplink", "type", "veth", "peer", "name", "outside").Run(); err != nil {
 		t.Fatal(err)
@@ -148,19 +152,23 @@ func TestNetwork(t *testing.T) {
 	} {
 		t.Run(fmt.Sprint(plugins[0]["type"], n), func(t *testing.T) {
 			setCNI(t, e, plugins...)
-			testNetwork(t, e, plugins)
+			testNetwork(t, e, plugins, onHost, outside)
 		})
 	}
 }
 
-func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
+func testNetwork(t *testing.T, e *env.Env, plugins []env.Object, onHost, outside func(args ...string) (string, error)) {
 	config := env.Object{"hostname": "one"}
 	mapped := len(plugins) > 1
 	if mapped {
-		config["port_mappings"] = []env.Object{{"protocol": 0, "container_port": 8080, "host_port": 18080}}
+		config["port_mappings"] = []env.Object{
+			{"protocol": 0, "container_port": 8080, "host_port": 18080},
+			{"protocol": 0, "container_port": probePort, "host_port": 17000},
+			{"protocol": 1, "container_port": probePort, "host_port": 17000},
+		}
 	}
 	one, two := runPod(t, e, "one", config), runPod(t, e, "two", env.Object{"hostname": "two"})
-	server, client := one.run("server", serve), two.run("client", "sleep 1000")
+	server, client := one.runImage("server", image.ProbeName, serve), two.runImage("client", image.ProbeName, "sleep 1000")
 	addresses := one.ips()
 	if len(addresses) != 2 {
 		t.Fatalf("addresses of the pod = %q; want one of each family", addresses)
@@ -173,6 +181,11 @@ func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
 		if got := two.fetchFrom(client, ip); got != "one" {
 			t.Errorf("other pod gets %q of %s; want one", got, ip)
 		}
+		exchange(t, "pod to pod at "+ip, at(ip, probePort), two.probeIn(client))
+		exchange(t, "host to pod at "+ip, at(ip, probePort), onHost)
+	}
+	for _, ip := range one.gateways(server, plugins) {
+		exchange(t, "pod to host at "+ip, at(ip, probePort), one.probeIn(server))
 	}
 	if got := one.fetchFrom(server, "127.0.0.1"); got != "one" {
 		t.Errorf("the pod itself gets %q; want one", got)
@@ -186,7 +199,22 @@ func testNetwork(t *testing.T, e *env.Env, plugins []env.Object) {
 		if got := fetch(t, e, url(addressOfHost(t, e), 18080)); got != "one" {
 			t.Errorf("host port gives %q; want one", got)
 		}
+		exchange(t, "pod to another host", at("192.0.2.2", probePort), two.probeIn(client))
+		exchange(t, "another host to a port of the host", at("192.0.2.1", 17000), outside)
 	}
+}
+
+// gateways returns the host's addresses on the pod's network.
+func (p *pod) gateways(id string, plugins []env.Object) []string {
+	p.t.Helper()
+	if plugins[0]["type"] == "macvlan" {
+		return []string{"10.93.255.1", "fd00:93::ffff"}
+	}
+	out := strings.Fields(p.sh(id, "for f in -4 -6; do ip $f route | awk '/^default/ { print $3; exit }'; done"))
+	if len(out) != 2 {
+		p.t.Errorf("gateways of the pod = %q; want one of each family", out)
+	}
+	return out
 }
 
 // awaitListener returns once a TCP port is listened on in the pod.

@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -30,21 +31,31 @@ func TestContainerdRestarts(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		// An exec is under way, and the end of a container comes while nobody
-		// looks.
+		lost := runPod(t, e, "lost", nil)
+		cut := lost.run("cut", "sleep 1000")
+
+		// An exec is under way, and the ends of a container and of a virtual
+		// machine come while nobody looks.
 		exec := e.Crictl(ctx, "exec", "-s", stays, "sleep", "1000")
 		if err := exec.Start(); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(host, "go"), nil, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		restart(t, e)
+		ending, vm := p.pid(ends), findVM(t, lost.ID)
+		restartAfter(t, e, func() error {
+			return errors.Join(
+				os.WriteFile(filepath.Join(host, "go"), nil, 0o644), syscall.Kill(vm, syscall.SIGKILL),
+				awaitGone(e.Path(fmt.Sprintf("/proc/%d", ending))), awaitGone(fmt.Sprintf("/proc/%d", vm)),
+			)
+		})
 		if err := exec.Wait(); err == nil {
 			t.Error("crictl exec lives through the end of its server")
 		}
 		if c := p.awaitExit(ends); c.Status.ExitCode != 5 {
 			t.Errorf("exit code = %d; want 5", c.Status.ExitCode)
+		}
+		lost.awaitState("SANDBOX_NOTREADY")
+		if c := lost.awaitExit(cut); c.Status.ExitCode != 137 {
+			t.Errorf("exit code of a container whose virtual machine was killed = %d; want 137", c.Status.ExitCode)
 		}
 		if got, _ := p.state(); got != "SANDBOX_READY" {
 			t.Errorf("pod is %s; want it ready", got)
@@ -62,11 +73,41 @@ func TestContainerdRestarts(t *testing.T) {
 	})
 }
 
+// pid returns the process that stands for a container, in the environment.
+func (p *pod) pid(id string) int {
+	p.t.Helper()
+	var c struct{ Info struct{ Pid int } }
+	p.decode(&c, "inspect", id)
+	if c.Info.Pid == 0 {
+		p.t.Fatalf("container %s has no pid", id)
+	}
+	return c.Info.Pid
+}
+
+// awaitGone waits for the end of a process, by its folder in /proc.
+func awaitGone(proc string) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		b, err := os.ReadFile(filepath.Join(proc, "cmdline"))
+		if err != nil || len(b) == 0 { // a zombie has none
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s still runs", proc)
+		}
+	}
+}
+
 // restart restarts containerd and returns once its CRI plugin answers.
 func restart(t *testing.T, e *env.Env) {
 	t.Helper()
+	restartAfter(t, e, func() error { return nil })
+}
+
+// restartAfter is restart, with meanwhile called while there is no containerd.
+func restartAfter(t *testing.T, e *env.Env, meanwhile func() error) {
+	t.Helper()
 	ctx := env.Context(t)
-	if err := e.RestartContainerd(ctx); err != nil {
+	if err := e.WithoutContainerd(ctx, meanwhile); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
@@ -126,12 +167,29 @@ func TestRestartDuringCreate(t *testing.T) {
 		if p.Pod, err = e.RunPod(ctx, "pod", nil); err != nil {
 			t.Fatal(err)
 		}
+		const bundles = "/state/io.containerd.runtime.v2.task/k8s.io/*"
+		before := glob(t, e.Dir+bundles)
+		interrupted := make(chan string, 1)
 		go func() {
-			_, err := p.Pod.Run(ctx, "interrupted", image.BusyboxName, nil)
+			id, err := p.Create(ctx, "interrupted", image.BusyboxName, nil)
+			if err == nil {
+				_, err = e.Crictl(ctx, "start", id).Run() // which asks the shim to create it
+			}
+			interrupted <- id
 			done <- err
 		}()
+		for ; len(glob(t, e.Dir+bundles)) <= len(before); time.Sleep(time.Millisecond) {
+			if ctx.Err() != nil {
+				t.Fatal("no container is being created")
+			}
+		}
 		restart(t, e)
+		id := <-interrupted
 		t.Logf("interrupted container: %v", <-done)
+		if got := p.inspect(id).Status.State; got == "CONTAINER_UNKNOWN" {
+			t.Errorf("container whose start was interrupted is %s", got)
+		}
+		p.crictl("rm", "--force", id)
 		if got := p.sh(p.run("after", "sleep 1000"), "echo alive"); got != "alive" {
 			t.Errorf("container created after the restart = %q; want alive", got)
 		}
@@ -157,18 +215,20 @@ func removeAll(t *testing.T, e *env.Env) {
 // awaitShim returns once a shim of this project runs in the environment.
 func awaitShim(t *testing.T, e *env.Env) {
 	t.Helper()
-	for ctx := env.Context(t); ; {
-		shims, err := filepath.Glob(e.Path("/run/vmrt/k8s.io/*"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(shims) > 0 {
-			return
-		}
+	for ctx := env.Context(t); len(glob(t, e.Path("/run/vmrt/k8s.io/*"))) == 0; time.Sleep(time.Millisecond) {
 		if ctx.Err() != nil {
 			t.Fatal("no pod is being created")
 		}
 	}
+}
+
+func glob(t *testing.T, pattern string) []string {
+	t.Helper()
+	found, err := filepath.Glob(pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
 }
 
 // The end of a pod's virtual machine is seen at once, and the pod can be

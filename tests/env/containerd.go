@@ -157,7 +157,15 @@ func (e *Env) stopContainerd() error {
 // RestartContainerd kills containerd, leaving the shims alone, and starts it
 // again.
 func (e *Env) RestartContainerd(ctx context.Context) error {
+	return e.WithoutContainerd(ctx, func() error { return nil })
+}
+
+// WithoutContainerd is RestartContainerd, with f called between the two.
+func (e *Env) WithoutContainerd(ctx context.Context, f func() error) error {
 	if err := e.stopContainerd(); err != nil {
+		return err
+	}
+	if err := f(); err != nil {
 		return err
 	}
 	if err := os.Remove(e.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -54,3 +54,22 @@ func Pause(ctx context.Context) (Image, error) {
 		Layers: []*Layer{NewLayer().File("pause", 0o755, b)},
 	}, nil
 }
+
+// ProbeName is the image of Probe.
+const ProbeName = "docker.io/library/probe:latest"
+
+// Probe returns the image of Busybox with a program "probe", an end of a
+// network (tests/env/image/program/probe).
+func Probe(ctx context.Context) (Image, error) {
+	img, err := Busybox()
+	if err != nil {
+		return Image{}, err
+	}
+	b, err := Program(ctx, "probe")
+	if err != nil {
+		return Image{}, err
+	}
+	img.Name = ProbeName
+	img.Layers = append(img.Layers, NewLayer().File("bin/probe", 0o755, b))
+	return img, nil
+}
