@@ -150,7 +150,8 @@ func newAPIPodIn(t *testing.T, netns string, change func(*cri.PodSandboxConfig))
 // spec as CRI writes it: with a pid namespace of its own.
 func (p *pod) container(change func(*specs.Spec)) *shim {
 	p.t.Helper()
-	c := &shim{t: p.t, id: newID(), dir: p.dir, events: p.events, client: p.client, task: p.task, config: p.config, ctx: p.ctx, pids: p.pids}
+	c := p.in(p.t)
+	c.id = newID()
 	c.bundle = c.writeBundle(c.id, options{spec: func(spec *specs.Spec) {
 		spec.Annotations = map[string]string{
 			"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": p.id,
