@@ -59,6 +59,7 @@ func (e *Env) environ() []string {
 		"NERDCTL_TOML=" + e.nerdctlConfig(),
 		"CONTAINER_RUNTIME_ENDPOINT=unix://" + e.Socket,
 		"CRI_CONFIG_FILE=" + e.crictlConfig(),
+		"DOCKER_HOST=unix://" + e.dockerSocket(),
 	}
 }
 

@@ -57,6 +57,9 @@ type Config struct {
 	// CRI, if not nil, has pods in mind: see its type. It adds to Tools what
 	// pods need.
 	CRI *CRI
+	// Docker starts Debian's dockerd on the containerd, with which it takes
+	// runc from Tools. Its containers are in containerd's namespace "moby".
+	Docker bool
 	// Snapshotter is the CRI plugin's and nerdctl's; "overlayfs" when empty.
 	Snapshotter string
 	// ExtraConfig is appended to containerd's configuration (TOML).
@@ -120,6 +123,13 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 		}
 		e.path = append(e.path, dir)
 	}
+	if cfg.Docker {
+		dir, err := dockerPrograms(ctx)
+		if err != nil {
+			return nil, err
+		}
+		e.path = append(e.path, dir)
+	}
 	e.path = append(e.path, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 	// An environment that came to be only in part is taken down like a
 	// whole one.
@@ -161,6 +171,11 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 	}
 	if err := e.startContainerd(ctx); err != nil {
 		return nil, err
+	}
+	if cfg.Docker {
+		if err := e.startDocker(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if e.baseline, err = e.snapshot(); err != nil {
 		return nil, err

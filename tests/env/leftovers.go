@@ -199,7 +199,7 @@ func (e *Env) addCgroups(s snapshot) error {
 		return err
 	}
 	for _, g := range groups {
-		if strings.HasSuffix(g, ":/default") || strings.HasSuffix(g, ":/k8s.io") {
+		if strings.HasSuffix(g, ":/default") || strings.HasSuffix(g, ":/k8s.io") || strings.HasSuffix(g, ":/docker") {
 			continue
 		}
 		s["cgroup "+g] = true

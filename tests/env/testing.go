@@ -38,6 +38,9 @@ func ForTest(t testing.TB, cfg Config) *Env {
 		}
 		if t.Failed() {
 			t.Logf("end of %s:\n%s", e.logPath(), e.LogTail(60))
+			if cfg.Docker {
+				t.Logf("%s:\n%s", e.dockerLog(), e.DockerLog())
+			}
 		}
 		if err := e.Stop(); err != nil {
 			t.Error(err)

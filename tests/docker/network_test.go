@@ -1,0 +1,115 @@
+package docker
+
+import (
+	"net"
+	"strings"
+	"time"
+)
+
+// serve is the script of a web server on port 8080.
+const serve = "mkdir /srv; echo web > /srv/index.html; exec httpd -f -p 8080 -h /srv"
+
+// fetch prints a page in a container, as soon as it is served.
+func fetch(url string) string {
+	return "for i in $(seq 100); do wget -q -O - " + url + " && exit; sleep 0.2; done; exit 1"
+}
+
+// testDefaultNetwork is Docker's bridge: names come from the host's name
+// servers, ports are published.
+func testDefaultNetwork(d docker) {
+	d.run("-d", "--name", "web", "-p", "18080:8080", busybox, "sh", "-c", serve)
+	d.keep("web")
+	address := d.docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "web")
+	if got := d.run("--rm", busybox, "sh", "-c", fetch("http://"+address+":8080/")); got != "web" {
+		d.Errorf("page from another container = %q; want web", got)
+	}
+	// Through docker-proxy, and through the packet filter's translation.
+	for _, host := range []string{"127.0.0.1", "172.17.0.1"} {
+		out, err := d.env.Command(d.ctx, "sh", "-c", "busybox wget -q -O - http://"+host+":18080/").Run()
+		if err != nil || out != "web\n" {
+			d.Errorf("page at the published port of %s = %q, %v; want web", host, out, err)
+		}
+	}
+	if got := d.docker("exec", "web", "ip", "-4", "-o", "addr", "show", "dev", "eth0"); !strings.Contains(got, address+"/16") {
+		d.Errorf("eth0 of the container = %q; want %s", got, address)
+	}
+	if got := d.docker("exec", "web", "cat", "/etc/hosts"); !strings.Contains(got, address) {
+		d.Errorf("/etc/hosts = %q; want %s in it", got, address)
+	}
+}
+
+// testNetworks is about networks that a user has made.
+func testNetworks(d docker) {
+	for _, name := range []string{"one", "two"} {
+		d.docker("network", "create", name)
+		d.after("network", "rm", name)
+	}
+	d.docker("run", "-d", "--runtime", "runc", "--name", "neighbour", "--network", "two", busybox, "sh", "-c", serve)
+	d.keep("neighbour")
+	d.docker("create", "--runtime", runtimeName, "--name", "both", "--network", "one", busybox, "sh", "-c", serve)
+	d.keep("both")
+	d.docker("network", "connect", "two", "both")
+	d.docker("start", "both")
+
+	for device, network := range map[string]string{"eth0": "one", "eth1": "two"} {
+		address := d.docker("inspect", "-f", "{{.NetworkSettings.Networks."+network+".IPAddress}}", "both")
+		if got := d.docker("exec", "both", "ip", "-4", "-o", "addr", "show", "dev", device); !strings.Contains(got, address+"/16") {
+			d.Errorf("%s of the container = %q; want %s, of network %s", device, got, address, network)
+		}
+	}
+	address := d.docker("inspect", "-f", "{{.NetworkSettings.Networks.two.IPAddress}}", "neighbour")
+	if got := d.docker("exec", "both", "sh", "-c", fetch("http://"+address+":8080/")); got != "web" {
+		d.Errorf("page of the neighbour = %q; want web", got)
+	}
+	if got := d.docker("exec", "neighbour", "sh", "-c", fetch("http://both:8080/")); got != "web" {
+		d.Errorf("page for the neighbour, by name = %q; want web", got)
+	}
+}
+
+// testOtherNetworks is about none of its own.
+func testOtherNetworks(d docker) {
+	links := d.run("--rm", "--network", "none", busybox, "ls", "/sys/class/net")
+	if links != "lo" {
+		d.Errorf("interfaces without a network = %q; want lo", links)
+	}
+
+	// The host's: what listens there is reached.
+	l, err := d.env.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		d.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.SetDeadline(time.Now().Add(patience))
+			c.Write([]byte("host\n"))
+			c.Close()
+		}
+	}()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		d.Fatal(err)
+	}
+	if got := d.run("--rm", "--network", "host", busybox, "nc", "127.0.0.1", port); got != "host" {
+		d.Errorf("what listens on the host says %q; want host", got)
+	}
+
+	// Another container's: two virtual machines cannot share one; with a
+	// container of runc's it is as usual.
+	d.run("-d", "--name", "owner", busybox, "sleep", "1000")
+	d.docker("run", "-d", "--runtime", "runc", "--name", "plain", busybox, "sleep", "1000")
+	d.keep("owner", "plain")
+	d.fails(125, "two virtual machines cannot share one", "run", "--rm", "--runtime", runtimeName, "--network", "container:owner", busybox, "true")
+	if got := d.docker("exec", "owner", "echo", "alive"); got != "alive" {
+		d.Errorf("the other container then says %q; want it alive", got)
+	}
+	address := d.docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "plain")
+	got := d.run("--rm", "--network", "container:plain", busybox, "ip", "-4", "-o", "addr", "show", "dev", "eth0")
+	if !strings.Contains(got, address+"/16") {
+		d.Errorf("eth0 in the network of a container of runc's = %q; want %s", got, address)
+	}
+}
