@@ -41,6 +41,12 @@ func startCRI(t testing.TB, cri env.CRI) *env.Env {
 // startWith is startCRI with a configuration of the runtime.
 func startWith(t testing.TB, cri env.CRI, config string) *env.Env {
 	t.Helper()
+	return startConfig(t, env.Config{CRI: &cri, VMRT: config})
+}
+
+// startConfig is startCRI with any configuration that has CRI.
+func startConfig(t testing.TB, cfg env.Config) *env.Env {
+	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
 	root, err := tools.Root()
@@ -55,8 +61,10 @@ func startWith(t testing.TB, cri env.CRI, config string) *env.Env {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cri := *cfg.CRI
 	cri.Runtime, cri.Images = "vmrt", append(slices.Clone(cri.Images), busybox)
-	return env.ForTest(t, env.Config{BinDirs: []string{bin}, CRI: &cri, VMRT: config})
+	cfg.BinDirs, cfg.CRI = []string{bin}, &cri
+	return env.ForTest(t, cfg)
 }
 
 // pod is a pod of a test, removed at its end.

@@ -114,7 +114,8 @@ func (e *Env) addMounts(s snapshot) error {
 	for sc.Scan() {
 		before, after, _ := strings.Cut(sc.Text(), " - ")
 		left, right := strings.Fields(before), strings.Fields(after)
-		if len(left) >= 5 && len(right) >= 1 {
+		// Docker names the host's network once and for all.
+		if len(left) >= 5 && len(right) >= 1 && left[4] != filepath.Join(e.dockerDir(), "exec", "netns", "default") {
 			s[fmt.Sprintf("mount %s %s %s", left[0], right[0], left[4])] = true
 		}
 	}
