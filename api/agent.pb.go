@@ -1513,6 +1513,51 @@ func (x *ListeningPorts) GetPorts() []*ListeningPort {
 	return nil
 }
 
+// NameServers are at most api.MaxNameServers IPv4 loopback addresses.
+type NameServers struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addresses     []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NameServers) Reset() {
+	*x = NameServers{}
+	mi := &file_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NameServers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NameServers) ProtoMessage() {}
+
+func (x *NameServers) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NameServers.ProtoReflect.Descriptor instead.
+func (*NameServers) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *NameServers) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
 type ListeningPort struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// address is an IP address of 4 or 16 bytes; all zero: any.
@@ -1526,7 +1571,7 @@ type ListeningPort struct {
 
 func (x *ListeningPort) Reset() {
 	*x = ListeningPort{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1583,7 @@ func (x *ListeningPort) String() string {
 func (*ListeningPort) ProtoMessage() {}
 
 func (x *ListeningPort) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1596,7 @@ func (x *ListeningPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListeningPort.ProtoReflect.Descriptor instead.
 func (*ListeningPort) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListeningPort) GetAddress() []byte {
@@ -1589,7 +1634,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +1646,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +1659,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Event) GetTopic() string {
@@ -1761,7 +1806,9 @@ const file_agent_proto_rawDesc = "" +
 	" \x01(\rR\x05table\x12\x1a\n" +
 	"\bsuppress\x18\v \x01(\rR\bsuppress\"D\n" +
 	"\x0eListeningPorts\x122\n" +
-	"\x05ports\x18\x01 \x03(\v2\x1c.vmrt.agent.v1.ListeningPortR\x05ports\"U\n" +
+	"\x05ports\x18\x01 \x03(\v2\x1c.vmrt.agent.v1.ListeningPortR\x05ports\"+\n" +
+	"\vNameServers\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\"U\n" +
 	"\rListeningPort\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
@@ -1770,7 +1817,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x05topic\x18\x01 \x01(\tR\x05topic\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05event\x12.\n" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
-	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xe1\x06\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq2\xa1\a\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Clock\x12\x1b.vmrt.agent.v1.ClockRequest\x1a\x1c.vmrt.agent.v1.ClockResponse\x12:\n" +
 	"\x05Mount\x12\x1b.vmrt.agent.v1.MountRequest\x1a\x14.vmrt.agent.v1.Empty\x12>\n" +
@@ -1784,7 +1831,9 @@ const file_agent_proto_rawDesc = "" +
 	"\bClosePod\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Empty\x12F\n" +
 	"\x10ConfigureNetwork\x12\x1c.vmrt.agent.v1.NetworkConfig\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
 	"\x06Events\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.Event0\x01\x12O\n" +
-	"\vMirrorPorts\x12\x1d.vmrt.agent.v1.ListeningPorts\x1a\x1d.vmrt.agent.v1.ListeningPorts(\x010\x01\x126\n" +
+	"\vMirrorPorts\x12\x1d.vmrt.agent.v1.ListeningPorts\x1a\x1d.vmrt.agent.v1.ListeningPorts(\x010\x01\x12>\n" +
+	"\n" +
+	"ServeNames\x12\x1a.vmrt.agent.v1.NameServers\x1a\x14.vmrt.agent.v1.Empty\x126\n" +
 	"\bShutdown\x12\x14.vmrt.agent.v1.Empty\x1a\x14.vmrt.agent.v1.EmptyB\x1eZ\x1cgithub.com/vmrt/vmrt/api;apib\x06proto3"
 
 var (
@@ -1799,7 +1848,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),                 // 0: vmrt.agent.v1.Hello
 	(*Welcome)(nil),               // 1: vmrt.agent.v1.Welcome
@@ -1823,28 +1872,29 @@ var file_agent_proto_goTypes = []any{
 	(*NetworkNeighbour)(nil),      // 19: vmrt.agent.v1.NetworkNeighbour
 	(*NetworkRule)(nil),           // 20: vmrt.agent.v1.NetworkRule
 	(*ListeningPorts)(nil),        // 21: vmrt.agent.v1.ListeningPorts
-	(*ListeningPort)(nil),         // 22: vmrt.agent.v1.ListeningPort
-	(*Event)(nil),                 // 23: vmrt.agent.v1.Event
-	nil,                           // 24: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*anypb.Any)(nil),             // 26: google.protobuf.Any
+	(*NameServers)(nil),           // 22: vmrt.agent.v1.NameServers
+	(*ListeningPort)(nil),         // 23: vmrt.agent.v1.ListeningPort
+	(*Event)(nil),                 // 24: vmrt.agent.v1.Event
+	nil,                           // 25: vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*anypb.Any)(nil),             // 27: google.protobuf.Any
 }
 var file_agent_proto_depIdxs = []int32{
-	25, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
-	25, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
-	25, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
+	26, // 0: vmrt.agent.v1.Hello.time:type_name -> google.protobuf.Timestamp
+	26, // 1: vmrt.agent.v1.Welcome.time:type_name -> google.protobuf.Timestamp
+	26, // 2: vmrt.agent.v1.ClockResponse.time:type_name -> google.protobuf.Timestamp
 	5,  // 3: vmrt.agent.v1.MountRequest.mounts:type_name -> vmrt.agent.v1.MountSpec
 	10, // 4: vmrt.agent.v1.DevicesResponse.devices:type_name -> vmrt.agent.v1.Device
-	24, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
+	25, // 5: vmrt.agent.v1.OpenPodRequest.sysctls:type_name -> vmrt.agent.v1.OpenPodRequest.SysctlsEntry
 	15, // 6: vmrt.agent.v1.NetworkConfig.interfaces:type_name -> vmrt.agent.v1.NetworkInterface
 	17, // 7: vmrt.agent.v1.NetworkConfig.routes:type_name -> vmrt.agent.v1.NetworkRoute
 	19, // 8: vmrt.agent.v1.NetworkConfig.neighbours:type_name -> vmrt.agent.v1.NetworkNeighbour
 	20, // 9: vmrt.agent.v1.NetworkConfig.rules:type_name -> vmrt.agent.v1.NetworkRule
 	16, // 10: vmrt.agent.v1.NetworkInterface.addresses:type_name -> vmrt.agent.v1.NetworkAddress
 	18, // 11: vmrt.agent.v1.NetworkRoute.hops:type_name -> vmrt.agent.v1.NetworkHop
-	22, // 12: vmrt.agent.v1.ListeningPorts.ports:type_name -> vmrt.agent.v1.ListeningPort
-	26, // 13: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
-	25, // 14: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	23, // 12: vmrt.agent.v1.ListeningPorts.ports:type_name -> vmrt.agent.v1.ListeningPort
+	27, // 13: vmrt.agent.v1.Event.event:type_name -> google.protobuf.Any
+	26, // 14: vmrt.agent.v1.Event.time:type_name -> google.protobuf.Timestamp
 	3,  // 15: vmrt.agent.v1.Agent.Clock:input_type -> vmrt.agent.v1.ClockRequest
 	6,  // 16: vmrt.agent.v1.Agent.Mount:input_type -> vmrt.agent.v1.MountRequest
 	7,  // 17: vmrt.agent.v1.Agent.Unmount:input_type -> vmrt.agent.v1.UnmountRequest
@@ -1857,22 +1907,24 @@ var file_agent_proto_depIdxs = []int32{
 	14, // 24: vmrt.agent.v1.Agent.ConfigureNetwork:input_type -> vmrt.agent.v1.NetworkConfig
 	2,  // 25: vmrt.agent.v1.Agent.Events:input_type -> vmrt.agent.v1.Empty
 	21, // 26: vmrt.agent.v1.Agent.MirrorPorts:input_type -> vmrt.agent.v1.ListeningPorts
-	2,  // 27: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
-	4,  // 28: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
-	2,  // 29: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
-	2,  // 30: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
-	2,  // 31: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
-	2,  // 32: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
-	11, // 33: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
-	2,  // 34: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
-	2,  // 35: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
-	2,  // 36: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
-	2,  // 37: vmrt.agent.v1.Agent.ConfigureNetwork:output_type -> vmrt.agent.v1.Empty
-	23, // 38: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
-	21, // 39: vmrt.agent.v1.Agent.MirrorPorts:output_type -> vmrt.agent.v1.ListeningPorts
-	2,  // 40: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
-	28, // [28:41] is the sub-list for method output_type
-	15, // [15:28] is the sub-list for method input_type
+	22, // 27: vmrt.agent.v1.Agent.ServeNames:input_type -> vmrt.agent.v1.NameServers
+	2,  // 28: vmrt.agent.v1.Agent.Shutdown:input_type -> vmrt.agent.v1.Empty
+	4,  // 29: vmrt.agent.v1.Agent.Clock:output_type -> vmrt.agent.v1.ClockResponse
+	2,  // 30: vmrt.agent.v1.Agent.Mount:output_type -> vmrt.agent.v1.Empty
+	2,  // 31: vmrt.agent.v1.Agent.Unmount:output_type -> vmrt.agent.v1.Empty
+	2,  // 32: vmrt.agent.v1.Agent.WriteBundle:output_type -> vmrt.agent.v1.Empty
+	2,  // 33: vmrt.agent.v1.Agent.RemoveBundle:output_type -> vmrt.agent.v1.Empty
+	11, // 34: vmrt.agent.v1.Agent.Devices:output_type -> vmrt.agent.v1.DevicesResponse
+	2,  // 35: vmrt.agent.v1.Agent.OnlineCPUs:output_type -> vmrt.agent.v1.Empty
+	2,  // 36: vmrt.agent.v1.Agent.OpenPod:output_type -> vmrt.agent.v1.Empty
+	2,  // 37: vmrt.agent.v1.Agent.ClosePod:output_type -> vmrt.agent.v1.Empty
+	2,  // 38: vmrt.agent.v1.Agent.ConfigureNetwork:output_type -> vmrt.agent.v1.Empty
+	24, // 39: vmrt.agent.v1.Agent.Events:output_type -> vmrt.agent.v1.Event
+	21, // 40: vmrt.agent.v1.Agent.MirrorPorts:output_type -> vmrt.agent.v1.ListeningPorts
+	2,  // 41: vmrt.agent.v1.Agent.ServeNames:output_type -> vmrt.agent.v1.Empty
+	2,  // 42: vmrt.agent.v1.Agent.Shutdown:output_type -> vmrt.agent.v1.Empty
+	29, // [29:43] is the sub-list for method output_type
+	15, // [15:29] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -1889,7 +1941,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -20,6 +20,7 @@ type AgentService interface {
 	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty, Agent_EventsServer) error
 	MirrorPorts(context.Context, Agent_MirrorPortsServer) error
+	ServeNames(context.Context, *NameServers) (*Empty, error)
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
 
@@ -131,6 +132,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.ConfigureNetwork(ctx, &req)
 			},
+			"ServeNames": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req NameServers
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ServeNames(ctx, &req)
+			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req Empty
 				if err := unmarshal(&req); err != nil {
@@ -175,6 +183,7 @@ type AgentClient interface {
 	ConfigureNetwork(context.Context, *NetworkConfig) (*Empty, error)
 	Events(context.Context, *Empty) (Agent_EventsClient, error)
 	MirrorPorts(context.Context) (Agent_MirrorPortsClient, error)
+	ServeNames(context.Context, *NameServers) (*Empty, error)
 	Shutdown(context.Context, *Empty) (*Empty, error)
 }
 
@@ -329,6 +338,14 @@ func (x *agentMirrorPortsClient) Recv() (*ListeningPorts, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+func (c *agentClient) ServeNames(ctx context.Context, req *NameServers) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "vmrt.agent.v1.Agent", "ServeNames", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }
 
 func (c *agentClient) Shutdown(ctx context.Context, req *Empty) (*Empty, error) {

@@ -12,7 +12,7 @@ import (
 
 // ProtocolVersion is raised with every change that an older peer would
 // misunderstand. Shim and agent must agree on it exactly.
-const ProtocolVersion = 3
+const ProtocolVersion = 4
 
 // Vsock ports that the agent listens on. The host dials all of them.
 const (
@@ -25,6 +25,13 @@ const (
 	// each starts with a dial request (see WriteDialRequest).
 	PortDial = 1026
 )
+
+// MaxNameServers bounds what ServeNames is given in one pod. Programs use the
+// first three (resolv.conf(5), MAXNS).
+const MaxNameServers = 8
+
+// PortNames is the port of name servers (RFC 1035, section 4.2).
+const PortNames = 53
 
 // HostPort is the vsock port on the host that the agent dials with Hello when
 // the kernel command line names no other by CmdlinePort.

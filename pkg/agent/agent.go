@@ -185,7 +185,7 @@ func newAgent(hostPort uint32, booted <-chan struct{}, powerOff func()) (*agent,
 	}
 	taskapi.RegisterTTRPCTaskService(server, wrapped)
 	api.RegisterAgentService(server, &service{
-		events: queue, pod: pod.New(), powerOff: powerOff, hostPort: hostPort, booted: booted,
+		events: queue, pod: pod.New(), powerOff: powerOff, hostPort: hostPort, names: newNames(hostPort), booted: booted,
 	})
 	return &agent{rpc: server, streams: streams, dials: dial.NewServer(dial.Limits())}, nil
 }

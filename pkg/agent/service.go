@@ -22,6 +22,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/device"
 	"github.com/vmrt/vmrt/pkg/agent/events"
 	"github.com/vmrt/vmrt/pkg/agent/fsmount"
+	"github.com/vmrt/vmrt/pkg/agent/names"
 	"github.com/vmrt/vmrt/pkg/agent/network"
 	"github.com/vmrt/vmrt/pkg/agent/pod"
 )
@@ -35,6 +36,7 @@ type service struct {
 	network network.Network
 
 	hostPort uint32
+	names    *names.Server
 	booted   <-chan struct{} // closed when the machine is complete
 	mirrorMu sync.Mutex      // for as long as ports are mirrored
 

@@ -1,15 +1,16 @@
 //go:build linux
 
-// Package dial is how one side of a virtual machine connects to TCP ports of
-// the other: a connection between the two asks for an address (see
+// Package dial is how one side of a virtual machine connects to TCP and UDP
+// ports of the other: a connection between the two asks for an address (see
 // api.WriteDialRequest), and is then relayed to it. The guest has a Server for
-// the host and, in pods with the host's network, the host has one for the
-// guest.
+// the host and, in pods with the host's network or with name servers in theirs,
+// the host has one for the guest.
 //
 // Contract. Only addresses that Config.Allow permits can be asked for, as the
-// network namespace that the process is in has them. The number of
-// connections, the time for a request and the time to connect are bounded; a
-// connection that is relayed has no time limit.
+// network namespace of Config.Namespace has them. The number of connections,
+// the time for a request and the time to connect are bounded; a connection that
+// is relayed has no time limit with TCP, and ends with UDP when no datagram
+// comes back for Config.Idle.
 //
 // Not guaranteed: any order between connections, and that a container which
 // has a network namespace of its own is reached.
@@ -34,9 +35,13 @@ import (
 
 // Config says what a server does for the other side.
 type Config struct {
-	// Allow returns an error for an address that may not be asked for. Nil:
-	// all may. It is called from any goroutine.
-	Allow func(to netip.AddrPort) error
+	// Namespace is where connections are made. Nil: in the process's own
+	// network namespace.
+	Namespace Namespace
+	// Allow returns an error for an address that may not be asked for by a
+	// network, api.TCP or api.UDP. Nil: all may. It is called from any
+	// goroutine.
+	Allow func(network string, to netip.AddrPort) error
 	// Conns is the most connections at once.
 	Conns int
 	// Request bounds the time until a request was read, and until its answer
@@ -44,13 +49,21 @@ type Config struct {
 	Request time.Duration
 	// Connect bounds the time to connect to the port.
 	Connect time.Duration
+	// Idle is how long a connection by UDP waits for the next datagram from
+	// the port.
+	Idle time.Duration
+}
+
+// Namespace runs functions in a network namespace.
+type Namespace interface {
+	Do(ctx context.Context, f func() error) error
 }
 
 // Limits returns a Config without a restriction of addresses, with the limits
 // that the agent runs with. The host has a lower bound of connections, and a
 // longer one of time.
 func Limits() Config {
-	return Config{Conns: 1024, Request: 10 * time.Second, Connect: 5 * time.Second}
+	return Config{Conns: 1024, Request: 10 * time.Second, Connect: 5 * time.Second, Idle: 30 * time.Second}
 }
 
 // errTooMany is the answer to a connection above the limit.
@@ -137,24 +150,31 @@ func (s *Server) handle(conn relay.Conn) {
 		log.L.WithError(err).Debug("dial")
 		return
 	}
-	if err := relay.Join(conn, port); err != nil {
+	switch port := port.(type) {
+	case *net.TCPConn:
+		err = relay.Join(conn, port)
+	case *net.UDPConn:
+		err = s.exchange(conn, port)
+	}
+	if err != nil {
 		log.L.WithError(err).Debugf("relay to %s", port.RemoteAddr())
 	}
 }
 
-// connect reads the request, connects, and answers.
-func (s *Server) connect(conn net.Conn) (relay.Conn, error) {
+// connect reads the request, connects, and answers. The port is a *net.TCPConn
+// or a *net.UDPConn.
+func (s *Server) connect(conn net.Conn) (net.Conn, error) {
 	conn.SetDeadline(time.Now().Add(s.cfg.Request))
-	to, err := api.ReadDialRequest(conn)
+	network, to, err := api.ReadDialRequest(conn)
 	if err != nil {
 		return nil, err
 	}
 	var port net.Conn
 	if s.cfg.Allow != nil {
-		err = s.cfg.Allow(to)
+		err = s.cfg.Allow(network, to)
 	}
 	if err == nil {
-		port, err = s.dialer.DialContext(context.Background(), "tcp", to.String())
+		port, err = s.dial(network, to)
 	}
 	conn.SetDeadline(time.Now().Add(s.cfg.Request))
 	if werr := api.WriteDialAnswer(conn, err); werr != nil && err == nil {
@@ -165,5 +185,57 @@ func (s *Server) connect(conn net.Conn) (relay.Conn, error) {
 		return nil, err
 	}
 	conn.SetDeadline(time.Time{})
-	return port.(*net.TCPConn), nil
+	return port, nil
+}
+
+// dial connects in the namespace. There, only addresses of its own are asked
+// for, so that a connection is made or refused at once: the namespace's thread
+// is not held up.
+func (s *Server) dial(network string, to netip.AddrPort) (port net.Conn, err error) {
+	connect := func() error {
+		port, err = s.dialer.DialContext(context.Background(), network, to.String())
+		return err
+	}
+	if s.cfg.Namespace == nil {
+		return port, connect()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.Connect)
+	defer cancel()
+	return port, s.cfg.Namespace.Do(ctx, connect)
+}
+
+// exchange relays datagrams until the other side closes the connection, or no
+// more come from the port.
+func (s *Server) exchange(conn net.Conn, port *net.UDPConn) error {
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer conn.Close()
+	defer port.Close()
+	sending.Go(func() {
+		defer port.Close()
+		for {
+			b, err := api.ReadDatagram(conn)
+			if err == nil {
+				_, err = port.Write(b)
+			}
+			if err != nil {
+				return // whatever it is, the reader notices
+			}
+		}
+	})
+	b := make([]byte, api.MaxDatagram)
+	for {
+		port.SetReadDeadline(time.Now().Add(s.cfg.Idle))
+		n, err := port.Read(b)
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		conn.SetWriteDeadline(time.Now().Add(s.cfg.Request))
+		if err := api.WriteDatagram(conn, b[:n]); err != nil {
+			return err
+		}
+	}
 }

@@ -3,6 +3,7 @@
 package dial_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -71,13 +72,13 @@ func (h *host) dial(network string, port int) (*net.UnixConn, error) {
 	if network == "tcp6" {
 		ip = netip.IPv6Loopback()
 	}
-	return h.dialAddr(netip.AddrPortFrom(ip, uint16(port)))
+	return h.dialAddr(api.TCP, netip.AddrPortFrom(ip, uint16(port)))
 }
 
-func (h *host) dialAddr(to netip.AddrPort) (*net.UnixConn, error) {
+func (h *host) dialAddr(network string, to netip.AddrPort) (*net.UnixConn, error) {
 	h.t.Helper()
 	c := h.connect()
-	if err := api.WriteDialRequest(c, to); err != nil {
+	if err := api.WriteDialRequest(c, network, to); err != nil {
 		h.t.Fatal(err)
 	}
 	return c, api.ReadDialAnswer(c)
@@ -287,14 +288,14 @@ func TestAllow(t *testing.T) {
 	port := listen(t, "tcp4", "127.0.0.2:0", func(c *net.TCPConn) { io.WriteString(c, "hello") })
 	allowed := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), uint16(port))
 	cfg := dial.Limits()
-	cfg.Allow = func(to netip.AddrPort) error {
-		if to != allowed {
+	cfg.Allow = func(network string, to netip.AddrPort) error {
+		if network != api.TCP || to != allowed {
 			return errors.New("not that one")
 		}
 		return nil
 	}
 	h := newHost(t, cfg)
-	c, err := h.dialAddr(allowed)
+	c, err := h.dialAddr(api.TCP, allowed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,8 +304,95 @@ func TestAllow(t *testing.T) {
 	}
 	for _, other := range []string{"127.0.0.1", "::1"} {
 		to := netip.AddrPortFrom(netip.MustParseAddr(other), uint16(port))
-		if _, err := h.dialAddr(to); err == nil || !strings.Contains(err.Error(), "not that one") {
+		if _, err := h.dialAddr(api.TCP, to); err == nil || !strings.Contains(err.Error(), "not that one") {
 			t.Errorf("dial of %s = %v; want what Allow says", to, err)
 		}
+	}
+	if _, err := h.dialAddr(api.UDP, allowed); err == nil || !strings.Contains(err.Error(), "not that one") {
+		t.Errorf("dial by UDP = %v; want what Allow says", err)
+	}
+}
+
+// echo answers datagrams with what they hold, twice. It returns its port.
+func echo(t *testing.T) int {
+	t.Helper()
+	c, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		b := make([]byte, api.MaxDatagram)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			c.WriteTo(append(b[:n:n], b[:n]...), from)
+		}
+	}()
+	return c.LocalAddr().(*net.UDPAddr).Port
+}
+
+func TestDatagrams(t *testing.T) {
+	cfg := dial.Limits()
+	cfg.Idle = 300 * time.Millisecond
+	h := newHost(t, cfg)
+	to := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(echo(t)))
+	c, err := h.dialAddr(api.UDP, to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"one", "", strings.Repeat("x", 30000)} {
+		if err := api.WriteDatagram(c, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := api.ReadDatagram(c); err != nil || string(got) != text+text {
+			t.Errorf("answer to %d bytes = %d bytes, %v; want them twice", len(text), len(got), err)
+		}
+	}
+	// A connection on which nothing comes back ends by itself.
+	if b, err := io.ReadAll(c); len(b) != 0 || err != nil {
+		t.Errorf("idle connection = %q, %v; want its end", b, err)
+	}
+
+	// Nobody listens there any more.
+	gone, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to = gone.LocalAddr().(*net.UDPAddr).AddrPort()
+	gone.Close()
+	if c, err = h.dialAddr(api.UDP, to); err != nil {
+		t.Fatal(err)
+	}
+	if err := api.WriteDatagram(c, []byte("lost")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(c); len(b) != 0 || err != nil {
+		t.Errorf("connection to nobody = %q, %v; want its end", b, err)
+	}
+}
+
+// inside counts what is done in a namespace.
+type inside struct{ calls int }
+
+func (n *inside) Do(_ context.Context, f func() error) error {
+	n.calls++
+	return f()
+}
+
+func TestNamespace(t *testing.T) {
+	ns := &inside{}
+	cfg := dial.Limits()
+	cfg.Namespace = ns
+	c, err := newHost(t, cfg).dial("tcp4", listen(t, "tcp4", "127.0.0.1:0", upper))
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(c, "x")
+	c.CloseWrite()
+	if got, err := io.ReadAll(c); string(got) != "X" || err != nil || ns.calls != 1 {
+		t.Errorf("answer = %q, %v, %d calls in the namespace; want X and one", got, err, ns.calls)
 	}
 }

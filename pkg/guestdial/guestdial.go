@@ -50,7 +50,7 @@ func DialAddr(ctx context.Context, guest Guest, to netip.AddrPort) (vsock.Conn, 
 	defer cancel()
 	conn, err := guest.Dial(ctx, api.PortDial)
 	if err == nil {
-		err = dial.Request(ctx, conn, to)
+		err = dial.Request(ctx, conn, api.TCP, to)
 	} else {
 		// Not the refusal that a caller asks for: the agent itself is away.
 		err = fmt.Errorf("reach the agent: %v", err)

@@ -72,7 +72,7 @@ func testContext(t *testing.T) context.Context {
 
 func TestDial(t *testing.T) {
 	a := newAgent(t, func(c net.Conn) {
-		to, err := api.ReadDialRequest(c)
+		_, to, err := api.ReadDialRequest(c)
 		if to != netip.MustParseAddrPort("[::1]:8080") || err != nil {
 			t.Errorf("request = %s, %v; want [::1]:8080", to, err)
 		}
@@ -117,7 +117,7 @@ func TestFailures(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a := newAgent(t, func(c net.Conn) {
-				if _, err := api.ReadDialRequest(c); err == nil {
+				if _, _, err := api.ReadDialRequest(c); err == nil {
 					tc.serve(c)
 				}
 			})

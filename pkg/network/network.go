@@ -18,8 +18,11 @@
 //
 // Concurrency: every method may be called from any goroutine.
 //
+// PassNames is for name servers that run in the namespace: it lets the answers
+// to them through to the host's stack.
+//
 // Not guaranteed: what the host's own processes send from inside the namespace
-// still leaves through the interface, but answers go to the guest. Settings
+// still leaves through the interface, but other answers go to the guest. Settings
 // below /proc/sys/net are not copied but for accept_ra and disable_ipv6.
 // Interfaces that leave the namespace, and what leaves an interface, stay in
 // the guest. Multicast groups are joined by the guest alone, so the interface
@@ -69,6 +72,10 @@ type device struct {
 	joined Interface
 	// multicast: Close must take IFF_ALLMULTI back.
 	multicast bool
+	// passNames: what is joined lets answers of name servers through, and
+	// arpIgnore is the setting that it had, "" if none was changed.
+	passNames bool
+	arpIgnore string
 }
 
 // Network is a pod's network, joined to the devices of a virtual machine.
@@ -80,6 +87,8 @@ type Network struct {
 	closed  bool       // guarded by mu
 	config  *Config    // guarded by mu; replaced, never changed
 	devices []*device  // guarded by mu
+	// portRange is the setting that PassNames has changed, nil for none.
+	portRange *string // guarded by mu
 }
 
 // Open reads the network namespace and joins every interface in it to a tap of
@@ -164,6 +173,9 @@ func (d *device) connect(h *netlink.Handle, iface Interface) error {
 		}
 		d.multicast = true
 	}
+	if d.passNames {
+		return d.pass(h)
+	}
 	return nil
 }
 
@@ -195,7 +207,7 @@ func (d *device) part(h *netlink.Handle) error {
 	if d.joined.Index == 0 {
 		return nil
 	}
-	err := errors.Join(removeRedirect(h, d.joined.Index), removeRedirect(h, d.tap.index))
+	err := errors.Join(d.stopPassing(), removeRedirect(h, d.joined.Index), removeRedirect(h, d.tap.index))
 	if d.multicast {
 		if e := h.LinkSetAllmulticastOff(linkAt(d.joined.Index)); e != nil && !gone(e) {
 			err = errors.Join(err, fmt.Errorf("stop receiving all multicast: %w", e))
@@ -343,6 +355,7 @@ func (n *Network) dismantle(h *netlink.Handle) error {
 		d.tap.closeFiles()
 		errs = append(errs, d.part(h), d.tap.remove(h))
 	}
+	errs = append(errs, n.restorePorts())
 	return errors.Join(errs...)
 }
 

@@ -106,12 +106,20 @@ func linkAt(link int) netlink.Link {
 	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: link}}
 }
 
+// removeFilter removes our filters, from the last on: until the redirect is
+// gone no frame goes astray.
 func removeFilter(h *netlink.Handle, link int) error {
-	err := h.FilterDel(filter(link))
-	if err == nil || gone(err) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) {
-		return nil // EINVAL: there is no hook
+	all := []netlink.Filter{filter(link)}
+	for _, f := range passFilters(link, 0) {
+		all = append(all, &netlink.U32{FilterAttrs: f.FilterAttrs})
 	}
-	return fmt.Errorf("remove redirect: %w", err)
+	for _, f := range all {
+		err := h.FilterDel(f)
+		if err != nil && !gone(err) && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) { // EINVAL: there is no hook
+			return fmt.Errorf("remove redirect: %w", err)
+		}
+	}
+	return nil
 }
 
 // filters is what was found at an ingress hook.
@@ -132,7 +140,7 @@ func findFilters(h *netlink.Handle, link int) (filters, error) {
 	}
 	for _, f := range list {
 		u, isU32 := f.(*netlink.U32)
-		if !isU32 || f.Attrs().Priority != filterPriority {
+		if !isU32 || f.Attrs().Priority > filterPriority || f.Attrs().Priority < passARPPriority {
 			found.foreign = true
 			continue
 		}

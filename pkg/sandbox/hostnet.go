@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/log"
 
+	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/dial"
 	"github.com/vmrt/vmrt/pkg/guestdial"
@@ -170,9 +171,9 @@ func (h *hostNetwork) guestAddress(to netip.AddrPort) netip.AddrPort {
 
 // allow returns an error unless the guest was told that something listens at
 // the address.
-func (h *hostNetwork) allow(to netip.AddrPort) error {
-	if !h.template.Has(to.Addr()) || !h.ports.Offers(to) {
-		return fmt.Errorf("nothing at %s was offered", to)
+func (h *hostNetwork) allow(network string, to netip.AddrPort) error {
+	if network != api.TCP || !h.template.Has(to.Addr()) || !h.ports.Offers(to) {
+		return fmt.Errorf("nothing at %s by %s was offered", to, network)
 	}
 	return nil
 }

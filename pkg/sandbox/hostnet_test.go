@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/hostnet"
 	"github.com/vmrt/vmrt/pkg/portmirror"
 )
@@ -37,7 +38,7 @@ func TestGuestAddress(t *testing.T) {
 func TestAllowNothing(t *testing.T) {
 	h := &hostNetwork{template: &hostnet.Template{IPv4: netip.MustParsePrefix("192.0.2.2/24")}, ports: portmirror.New(portmirror.Config{})}
 	for _, to := range []string{"127.0.0.1:22", "192.0.2.2:22", "198.51.100.1:22"} {
-		if err := h.allow(netip.MustParseAddrPort(to)); err == nil {
+		if err := h.allow(api.TCP, netip.MustParseAddrPort(to)); err == nil {
 			t.Errorf("allow(%s) before anything was offered = nil; want an error", to)
 		}
 	}

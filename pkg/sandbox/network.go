@@ -89,10 +89,11 @@ func (s *Sandbox) openNetwork(ctx context.Context) (err error) {
 	return err
 }
 
-// closeNetwork undoes openNetwork, forwardPorts and mirrorPorts. The virtual machine has
+// closeNetwork undoes openNetwork, ServeNames, forwardPorts and mirrorPorts. The virtual machine has
 // ended.
 func (s *Sandbox) closeNetwork(ctx context.Context) error {
 	var errs []error
+	s.names.close()
 	if s.host != nil {
 		s.host.close()
 	}

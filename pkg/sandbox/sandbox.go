@@ -78,6 +78,7 @@ type Sandbox struct {
 	cgroupPath string
 	share      *storage.Share
 	host       *hostNetwork // nil for a pod with a network of its own
+	names      nameServers
 
 	// Set by Boot, read only once it returned.
 	transport vsock.Transport

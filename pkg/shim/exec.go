@@ -112,6 +112,12 @@ func (s *service) startInit(ctx context.Context, sb *sandbox.Sandbox, c *contain
 			return err
 		}
 	}
+	if !c.isPod {
+		// With the interface Docker has started its name server, and names it.
+		if err := sb.ServeNames(ctx, nameServers(c.spec)); err != nil {
+			return err
+		}
+	}
 	if c.isPod {
 		s.startPod(c)
 	} else if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {

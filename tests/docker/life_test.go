@@ -21,6 +21,7 @@ func TestDocker(t *testing.T) {
 	d.sub("deaths", testDeaths)
 	d.sub("default network", testDefaultNetwork)
 	d.sub("networks", testNetworks)
+	d.sub("names", testNames)
 	d.sub("other networks", testOtherNetworks)
 }
 

@@ -1,9 +1,12 @@
 package docker
 
 import (
+	"context"
 	"net"
 	"strings"
 	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 // serve is the script of a web server on port 8080.
@@ -112,4 +115,112 @@ func testOtherNetworks(d docker) {
 	if !strings.Contains(got, address+"/16") {
 		d.Errorf("eth0 in the network of a container of runc's = %q; want %s", got, address)
 	}
+}
+
+// testNames has a container ask the name server that Docker runs for each
+// network of a user's, at 127.0.0.11, and by way of it one outside.
+func testNames(d docker) {
+	outside := nameServer(d)
+	d.docker("network", "create", "names")
+	d.after("network", "rm", "names")
+	d.docker("run", "-d", "--runtime", "runc", "--name", "neighbour", "--network", "names", busybox, "sleep", "1000")
+	d.keep("neighbour")
+	d.run("-d", "--name", "asker", "--network", "names", "--dns", outside, busybox, "sleep", "1000")
+	d.keep("asker")
+	if got := d.docker("exec", "asker", "cat", "/etc/resolv.conf"); !strings.Contains(got, "nameserver 127.0.0.11") {
+		d.Fatalf("/etc/resolv.conf = %q; want Docker's own name server", got)
+	}
+	address := d.docker("inspect", "-f", "{{.NetworkSettings.Networks.names.IPAddress}}", "neighbour")
+	for name, want := range map[string]string{"neighbour": address, outsideName: outsideAddress} {
+		if got := d.docker("exec", "asker", "nslookup", "-type=a", name); !strings.Contains(got, "Address: "+want) {
+			d.Errorf("nslookup %s = %q; want %s", name, got, want)
+		}
+	}
+	d.fails(1, "NXDOMAIN", "exec", "asker", "nslookup", "-type=a", "nobody."+outsideName)
+
+	// By TCP, a query behind its length.
+	query := question(d, "neighbour.")
+	cmd := d.env.Docker(d.ctx, "exec", "-i", "asker", "nc", "-w", "30", "127.0.0.11", "53")
+	cmd.Stdin = strings.NewReader(string([]byte{byte(len(query) >> 8), byte(len(query))}) + string(query))
+	out, err := cmd.Run()
+	if err != nil {
+		d.Fatal(err)
+	}
+	var answer dnsmessage.Message
+	if len(out) < 2 || answer.Unpack([]byte(out[2:])) != nil || len(answer.Answers) != 1 {
+		d.Fatalf("answer by TCP = %q; want one address", out)
+	}
+	if a, ok := answer.Answers[0].Body.(*dnsmessage.AResource); !ok || net.IP(a.A[:]).String() != address {
+		d.Errorf("answer by TCP = %v; want %s", answer.Answers[0], address)
+	}
+}
+
+// What nameServer knows.
+const (
+	outsideName    = "outside.example"
+	outsideAddress = "192.0.2.7"
+)
+
+// nameServer is one outside, on the host of the containers. It returns its
+// address.
+func nameServer(d docker) string {
+	const address = "198.51.100.53"
+	const prefix = address + "/32"
+	if _, err := d.env.Command(d.ctx, "ip", "address", "add", prefix, "dev", "lo").Run(); err != nil {
+		d.Fatal(err)
+	}
+	c, err := d.env.ListenPacket("udp4", address+":53")
+	if err != nil {
+		d.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if m.Unpack(b[:n]) != nil || len(m.Questions) != 1 {
+				continue
+			}
+			m.Response, m.Additionals = true, nil
+			switch q := m.Questions[0]; {
+			case q.Name.String() != outsideName+".":
+				m.RCode = dnsmessage.RCodeNameError
+			case q.Type == dnsmessage.TypeA:
+				m.Answers = []dnsmessage.Resource{{
+					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1},
+					Body:   &dnsmessage.AResource{A: [4]byte(net.ParseIP(outsideAddress).To4())},
+				}}
+			}
+			if answer, err := m.Pack(); err == nil {
+				c.WriteTo(answer, from)
+			}
+		}
+	}()
+	d.Cleanup(func() {
+		c.Close()
+		<-ended
+		if _, err := d.env.Command(context.Background(), "ip", "address", "del", prefix, "dev", "lo").Run(); err != nil {
+			d.Error(err)
+		}
+	})
+	return address
+}
+
+// question is a query for a name's IPv4 address.
+func question(d docker, name string) []byte {
+	d.Helper()
+	m := dnsmessage.Message{
+		Header:    dnsmessage.Header{ID: 1, RecursionDesired: true},
+		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+	}
+	b, err := m.Pack()
+	if err != nil {
+		d.Fatal(err)
+	}
+	return b
 }

@@ -109,6 +109,18 @@ func (e *Env) Listen(network, address string) (l net.Listener, err error) {
 	return l, nil
 }
 
+// ListenPacket is Listen for datagrams.
+func (e *Env) ListenPacket(network, address string) (c net.PacketConn, err error) {
+	err = e.ns.onNetwork(func() (err error) {
+		c, err = net.ListenPacket(network, address)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listen at %s within the environment: %w", address, err)
+	}
+	return c, nil
+}
+
 // Dial connects to an address in the environment's network.
 func (e *Env) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
 	err = e.ns.onNetwork(func() (err error) {
