@@ -95,7 +95,8 @@ deps: ## install the Debian packages that building and testing need (root)
 
 .PHONY: tools
 tools: ## build containerd, runc, nerdctl and so on for the tests (cached)
-	@go run ./hack/buildtool cni containerd containerd-2.3 critest critools nerdctl runc >/dev/null
+	@go run ./hack/buildtool cni containerd containerd-2.3 critest critools docker nerdctl runc >/dev/null
+	@hack/docker.sh >/dev/null
 
 .PHONY: clean
 clean: ## remove bin/; the cache in ~/.cache/vmrt stays

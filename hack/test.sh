@@ -82,12 +82,14 @@ other_release() (
 
 case ${1:-} in
 all)
-	prepare containerd containerd-2.3 runc nerdctl cni critools
+	prepare containerd containerd-2.3 runc nerdctl cni critools docker
+	hack/docker.sh >/dev/null
 	{ go_test $(others); go_test -p 1 $(vm); } | summary
 	;;
 unit) go_test -short -skip "$VM_TESTS" $(go list ./... | grep -v "^$MODULE/tests") | summary ;;
 vm)
-	prepare containerd containerd-2.3 runc nerdctl cni critools
+	prepare containerd containerd-2.3 runc nerdctl cni critools docker
+	hack/docker.sh >/dev/null
 	go_test -p 1 $(vm) | summary
 	;;
 kvm)

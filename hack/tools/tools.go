@@ -98,6 +98,10 @@ var All = []Tool{
 		Packages: []string{"sigs.k8s.io/cri-tools/cmd/crictl"},
 	},
 	{
+		Name: "docker", Doc: "dockerd v28.5.2", Tags: []string{"no_btrfs", "exclude_graphdriver_btrfs", "exclude_graphdriver_zfs"},
+		LDFlags: "-X github.com/docker/docker/dockerversion.Version=28.5.2",
+	},
+	{
 		Name: "nerdctl", Doc: "nerdctl v2.2.1",
 		LDFlags: "-X github.com/containerd/nerdctl/v2/pkg/version.Version=v2.2.1",
 	},

@@ -55,6 +55,9 @@ type Config struct {
 	GuestDir, QEMU, Virtiofsd, Passt string
 	// MemoryMiB and CPUs size a virtual machine.
 	MemoryMiB, CPUs int
+	// LateInterfaces is how many network interfaces may arrive after the boot,
+	// in a network namespace that is new then.
+	LateInterfaces int
 	// BootTimeout bounds the time from the VMM's start until the agent answers.
 	BootTimeout time.Duration
 	// StateDir holds the state of running sandboxes; absolute.
@@ -64,13 +67,14 @@ type Config struct {
 // defaults returns the configuration that no file changes.
 func defaults() *Config {
 	return &Config{
-		Accelerator: hypervisor.Auto,
-		Vsock:       VsockAuto,
-		Kernel:      KernelAuto,
-		MemoryMiB:   256,
-		CPUs:        1,
-		BootTimeout: 30 * time.Second,
-		StateDir:    "/run/vmrt",
+		Accelerator:    hypervisor.Auto,
+		Vsock:          VsockAuto,
+		Kernel:         KernelAuto,
+		MemoryMiB:      256,
+		CPUs:           1,
+		LateInterfaces: 1,
+		BootTimeout:    30 * time.Second,
+		StateDir:       "/run/vmrt",
 	}
 }
 
@@ -139,6 +143,9 @@ func (c *Config) validate() error {
 	}
 	if c.CPUs < 1 || c.CPUs > hypervisor.MaxCPUs {
 		bad("cpus = %d: want 1 to %d", c.CPUs, hypervisor.MaxCPUs)
+	}
+	if c.LateInterfaces < 0 || c.LateInterfaces > 8 {
+		bad("late_interfaces = %d: want 0 to 8", c.LateInterfaces)
 	}
 	if c.BootTimeout < time.Second || c.BootTimeout > time.Hour {
 		bad("boot_timeout = %q: want 1s to 1h", c.BootTimeout)

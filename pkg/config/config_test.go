@@ -31,12 +31,13 @@ virtiofsd = "/opt/virtiofsd"
 passt = "/opt/passt"
 memory_mib = 512
 cpus = 4
+late_interfaces = 3
 boot_timeout = "1m30s"
 state_dir = "/run/other"
 `))
 	want = &Config{
 		File: "f", Accelerator: hypervisor.TCG, Vsock: VsockVhostUser, Kernel: guest.Stock, GuestDir: "/opt/guest",
-		QEMU: "/opt/qemu", Virtiofsd: "/opt/virtiofsd", Passt: "/opt/passt", MemoryMiB: 512, CPUs: 4, BootTimeout: 90 * time.Second, StateDir: "/run/other",
+		QEMU: "/opt/qemu", Virtiofsd: "/opt/virtiofsd", Passt: "/opt/passt", MemoryMiB: 512, CPUs: 4, LateInterfaces: 3, BootTimeout: 90 * time.Second, StateDir: "/run/other",
 	}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("Parse() error %v (-want +got):\n%s", err, diff)
@@ -60,6 +61,7 @@ func TestParseErrors(t *testing.T) {
 		{"no state directory", `state_dir = ""`, `configuration f: state_dir = "": want an absolute path`},
 		{"little memory", "memory_mib = 63", "configuration f: memory_mib = 63: want 64 to 16777216"},
 		{"no CPU", "cpus = 0", "configuration f: cpus = 0: want 1 to 64"},
+		{"many interfaces", "late_interfaces = 9", "configuration f: late_interfaces = 9: want 0 to 8"},
 		{"no duration", `boot_timeout = "30"`, `configuration f: boot_timeout = "30": want a duration such as "30s"`},
 		{"short timeout", `boot_timeout = "-1s"`, `configuration f: boot_timeout = "-1s": want 1s to 1h`},
 		{"several values", "cpus = 65\nmemory_mib = 1", "configuration f: memory_mib = 1: want 64 to 16777216\ncpus = 65: want 1 to 64"},

@@ -15,17 +15,18 @@ import (
 // file is the form of the TOML file. Its fields hold the defaults when it is
 // decoded.
 type file struct {
-	Accelerator string `toml:"accelerator"`
-	Vsock       string `toml:"vsock"`
-	Kernel      string `toml:"kernel"`
-	GuestDir    string `toml:"guest_dir"`
-	QEMU        string `toml:"qemu"`
-	Virtiofsd   string `toml:"virtiofsd"`
-	Passt       string `toml:"passt"`
-	MemoryMiB   int    `toml:"memory_mib"`
-	CPUs        int    `toml:"cpus"`
-	BootTimeout string `toml:"boot_timeout"`
-	StateDir    string `toml:"state_dir"`
+	Accelerator    string `toml:"accelerator"`
+	Vsock          string `toml:"vsock"`
+	Kernel         string `toml:"kernel"`
+	GuestDir       string `toml:"guest_dir"`
+	QEMU           string `toml:"qemu"`
+	Virtiofsd      string `toml:"virtiofsd"`
+	Passt          string `toml:"passt"`
+	MemoryMiB      int    `toml:"memory_mib"`
+	CPUs           int    `toml:"cpus"`
+	LateInterfaces int    `toml:"late_interfaces"`
+	BootTimeout    string `toml:"boot_timeout"`
+	StateDir       string `toml:"state_dir"`
 }
 
 // Parse is Load for the content of a file; name is for errors. An error names
@@ -33,7 +34,7 @@ type file struct {
 func Parse(name string, data []byte) (*Config, error) {
 	d := defaults()
 	f := file{
-		Accelerator: string(d.Accelerator), Vsock: d.Vsock, Kernel: d.Kernel, MemoryMiB: d.MemoryMiB, CPUs: d.CPUs,
+		Accelerator: string(d.Accelerator), Vsock: d.Vsock, Kernel: d.Kernel, MemoryMiB: d.MemoryMiB, CPUs: d.CPUs, LateInterfaces: d.LateInterfaces,
 		BootTimeout: d.BootTimeout.String(), StateDir: d.StateDir,
 	}
 	dec := toml.NewDecoder(bytes.NewReader(data))
@@ -47,7 +48,7 @@ func Parse(name string, data []byte) (*Config, error) {
 	}
 	c := &Config{
 		File: name, Accelerator: hypervisor.Accelerator(f.Accelerator), Vsock: f.Vsock, Kernel: f.Kernel,
-		GuestDir: f.GuestDir, QEMU: f.QEMU, Virtiofsd: f.Virtiofsd, Passt: f.Passt, MemoryMiB: f.MemoryMiB, CPUs: f.CPUs,
+		GuestDir: f.GuestDir, QEMU: f.QEMU, Virtiofsd: f.Virtiofsd, Passt: f.Passt, MemoryMiB: f.MemoryMiB, CPUs: f.CPUs, LateInterfaces: f.LateInterfaces,
 		BootTimeout: timeout, StateDir: f.StateDir,
 	}
 	if err := c.validate(); err != nil {
@@ -79,7 +80,7 @@ func explain(err error) error {
 }
 
 func kindOf(key string) string {
-	if key == "memory_mib" || key == "cpus" {
+	if key == "memory_mib" || key == "cpus" || key == "late_interfaces" {
 		return "a whole number"
 	}
 	return "a string"

@@ -134,7 +134,7 @@ type LateInterfaceError struct {
 }
 
 func (e *LateInterfaceError) Error() string {
-	return fmt.Sprintf("interface %s has arrived after the virtual machine was started with %d spare network devices, and none is left: create networks before the pod starts",
+	return fmt.Sprintf("interface %s has arrived after the virtual machine was started with %d spare network devices, and none is left: raise late_interfaces in the configuration",
 		e.Interface, e.Spares)
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/api/cri"
+	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/guestspec"
 )
 
@@ -38,8 +39,8 @@ type podConfig struct {
 	netns string // a path; empty: a new one
 	// hostNetwork: the host's network instead.
 	hostNetwork bool
-	// spareNICs is how many interfaces may arrive after the boot.
-	spareNICs   int
+	// late: interfaces may arrive after the boot.
+	late        bool
 	cgroupsPath string
 	limits      limits
 	// open is what the containers share; nil for a container by itself.
@@ -78,8 +79,8 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 	if !isPod(spec) {
 		p.limits = specLimits(spec.Linux.Resources)
 		if path == "" && ok && !hasHooks(spec.Hooks, hookPrestart, hookCreateRuntime) {
-			// Docker puts its interface there between Create and Start.
-			p.spareNICs = 1
+			// Docker puts its interfaces there between Create and Start.
+			p.late = true
 		}
 		return p, nil
 	}
@@ -103,6 +104,14 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 		}
 	}
 	return p, nil
+}
+
+// spareNICs is how many interfaces may arrive after the boot.
+func (p *podConfig) spareNICs(settings *config.Config) int {
+	if !p.late {
+		return 0
+	}
+	return settings.LateInterfaces
 }
 
 // sizeOf returns the size of the file system at path, which CRI has mounted for

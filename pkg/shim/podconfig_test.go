@@ -64,7 +64,7 @@ func TestPodOfSpec(t *testing.T) {
 	}
 	host := sandboxSpec()
 	host.Linux.Sysctl = nil
-	if p, err = podOfSpec(host); err != nil || !p.hostNetwork || p.spareNICs != 0 {
+	if p, err = podOfSpec(host); err != nil || !p.hostNetwork || p.late {
 		t.Errorf("pod without a network namespace = %+v, %v; want one with the host's", p, err)
 	}
 	host.Linux.Sysctl = map[string]string{"net.ipv4.ip_forward": "1"}

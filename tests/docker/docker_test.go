@@ -30,7 +30,8 @@ type docker struct {
 	ctx context.Context
 }
 
-func start(t *testing.T) docker {
+// start starts a dockerd of this version.
+func start(t *testing.T, version string) docker {
 	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "busybox", "iptables")
@@ -46,13 +47,18 @@ func start(t *testing.T) docker {
 		env.SkipOrFail(t, "needs `make build`: %v", err)
 	}
 	e := env.ForTest(t, env.Config{
-		BinDirs: []string{bin}, Tools: []string{"runc"}, VMRT: platform.Settings(""), Docker: true,
+		BinDirs: []string{bin}, Tools: []string{"runc"}, Docker: version,
+		// Of the networks that a container is connected to.
+		VMRT: platform.Settings("late_interfaces = 2"),
 	})
 	img, err := image.Busybox()
 	if err != nil {
 		t.Fatal(err)
 	}
 	d := docker{T: t, env: e, ctx: env.Context(t)}
+	if got := d.docker("version", "-f", "{{.Server.Version}}"); !strings.HasPrefix(got, version+".") {
+		t.Fatalf("dockerd is of version %s; want %s", got, version)
+	}
 	if err := e.DockerLoad(d.ctx, img); err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,10 @@ import (
 	"github.com/vmrt/vmrt/tests/env"
 )
 
+// TestDocker has the interfaces of a container made by a prestart hook, before
+// the virtual machine boots.
 func TestDocker(t *testing.T) {
-	d := start(t)
+	d := start(t, "26")
 	d.sub("run", testRun)
 	d.sub("terminal", testTerminal)
 	d.sub("life", testLife)
@@ -23,6 +25,16 @@ func TestDocker(t *testing.T) {
 	d.sub("networks", testNetworks)
 	d.sub("names", testNames)
 	d.sub("other networks", testOtherNetworks)
+}
+
+// TestLateNetworks has them arrive when the virtual machine runs already, as
+// Docker's do since version 27.
+func TestLateNetworks(t *testing.T) {
+	d := start(t, "28")
+	d.sub("default network", testDefaultNetwork)
+	d.sub("networks", testNetworks)
+	d.sub("too many networks", testTooManyNetworks)
+	d.sub("names", testNames)
 }
 
 // testRun shows the same commands to runc and to vmrt.

@@ -117,6 +117,26 @@ func testOtherNetworks(d docker) {
 	}
 }
 
+// testTooManyNetworks has one more than late_interfaces: an error that says so,
+// from which the container recovers.
+func testTooManyNetworks(d docker) {
+	d.docker("create", "--runtime", runtimeName, "--name", "many", "--network", "a", busybox, "sleep", "1000")
+	for _, name := range []string{"a", "b", "c"} {
+		d.docker("network", "create", name)
+		d.after("network", "rm", name)
+		if name != "a" {
+			d.docker("network", "connect", name, "many")
+		}
+	}
+	d.keep("many")
+	d.fails(1, "interface eth2 has arrived after the virtual machine was started with 2 spare network devices", "start", "many")
+	d.docker("network", "disconnect", "c", "many")
+	d.docker("start", "many")
+	if got := d.docker("exec", "many", "ls", "/sys/class/net"); got != "eth0\neth1\nlo" {
+		d.Errorf("interfaces with two networks = %q; want eth0, eth1 and lo", got)
+	}
+}
+
 // testNames has a container ask the name server that Docker runs for each
 // network of a user's, at 127.0.0.11, and by way of it one outside.
 func testNames(d docker) {

@@ -20,21 +20,33 @@ import (
 // initProgram is what `docker run --init` runs in a container.
 const initProgram = "/usr/bin/tini-static"
 
-// dockerPrograms returns the folder of Debian's Docker, which it fetches first
-// when the cache has none.
-func dockerPrograms(ctx context.Context) (string, error) {
+// dockerPrograms returns the folders of Docker's programs, which it builds or
+// fetches when they are missing.
+func dockerPrograms(ctx context.Context, cfg Config) ([]string, error) {
+	var dirs []string
+	switch cfg.Docker {
+	case "26":
+	case "28":
+		dir, err := tools.Build(ctx, "docker", cfg.Progress)
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, dir)
+	default:
+		return nil, fmt.Errorf("start environment: no Docker %q", cfg.Docker)
+	}
 	root, err := tools.Root()
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	var stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(root, "hack", "docker.sh"))
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("fetch Docker: %w: %s", err, stderr.String())
+		return nil, fmt.Errorf("fetch Docker: %w: %s", err, stderr.String())
 	}
-	return strings.TrimSpace(string(out)), nil
+	return append(dirs, strings.TrimSpace(string(out))), nil
 }
 
 // Docker returns a docker command on the environment's dockerd. Config must

@@ -57,9 +57,10 @@ type Config struct {
 	// CRI, if not nil, has pods in mind: see its type. It adds to Tools what
 	// pods need.
 	CRI *CRI
-	// Docker starts Debian's dockerd on the containerd, with which it takes
-	// runc from Tools. Its containers are in containerd's namespace "moby".
-	Docker bool
+	// Docker starts a dockerd on the containerd: "26" is Debian 13's, "28"
+	// one of package tools. The client is Debian's. runc is taken from Tools.
+	// Containers are in containerd's namespace "moby".
+	Docker string
 	// Snapshotter is the CRI plugin's and nerdctl's; "overlayfs" when empty.
 	Snapshotter string
 	// ExtraConfig is appended to containerd's configuration (TOML).
@@ -123,12 +124,12 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 		}
 		e.path = append(e.path, dir)
 	}
-	if cfg.Docker {
-		dir, err := dockerPrograms(ctx)
+	if cfg.Docker != "" {
+		dirs, err := dockerPrograms(ctx, cfg)
 		if err != nil {
 			return nil, err
 		}
-		e.path = append(e.path, dir)
+		e.path = append(e.path, dirs...)
 	}
 	e.path = append(e.path, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 	// An environment that came to be only in part is taken down like a
@@ -172,7 +173,7 @@ func Start(ctx context.Context, cfg Config) (_ *Env, err error) {
 	if err := e.startContainerd(ctx); err != nil {
 		return nil, err
 	}
-	if cfg.Docker {
+	if cfg.Docker != "" {
 		if err := e.startDocker(ctx); err != nil {
 			return nil, err
 		}

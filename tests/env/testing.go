@@ -38,7 +38,7 @@ func ForTest(t testing.TB, cfg Config) *Env {
 		}
 		if t.Failed() {
 			t.Logf("end of %s:\n%s", e.logPath(), e.LogTail(60))
-			if cfg.Docker {
+			if cfg.Docker != "" {
 				t.Logf("%s:\n%s", e.dockerLog(), e.DockerLog())
 			}
 		}
