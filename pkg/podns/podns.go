@@ -38,6 +38,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/thread"
 )
 
 // ErrClosed is returned by every operation after Close.
@@ -95,7 +97,7 @@ func Open(cfg Config) (*Namespaces, error) {
 		n.start = (*exec.Cmd).Start
 	}
 	ready := make(chan error, 1)
-	onNewThread(func() { n.serve(netns, ready) })
+	thread.Go(func() { n.serve(netns, ready) })
 	if err := <-ready; err != nil {
 		return nil, err
 	}

@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/thread"
 )
 
 // Process is a child process that is watched through its pidfd: no thread
@@ -143,7 +145,7 @@ func (p *Process) InMounts(f func() error) error {
 	}
 	defer unix.Close(pidfd)
 	done := make(chan error, 1)
-	onNewThread(func() {
+	thread.Go(func() {
 		// setns(2) wants a working directory and root of the thread's own.
 		err := unix.Unshare(unix.CLONE_FS)
 		if err == nil {

@@ -5,33 +5,10 @@ package podns
 import (
 	"fmt"
 	"os"
-	"runtime"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
-
-// onNewThread runs f in a goroutine of its own on an OS thread that ends with
-// it. The thread is never the process's first: that one cannot end before the
-// process, and /proc/self shows its namespaces as those of the process.
-func onNewThread(f func()) {
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f()
-			return // still locked: the runtime ends the thread
-		}
-		// Keep the first thread busy until f has found another one.
-		found := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(found)
-			f()
-		}()
-		<-found
-		runtime.UnlockOSThread()
-	}()
-}
 
 // enterNew moves the calling thread into a new mount namespace and into netns,
 // or into a new network namespace if netns is nil.

@@ -3,6 +3,7 @@ package docker
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -75,6 +76,11 @@ func testRun(d docker) {
 	got := d.docker("run", "--rm", "--network", "none", "--runtime", "vmrt", busybox, "uname", "-r")
 	if got == strings.TrimSpace(string(host)) {
 		d.Errorf("uname -r = %q, the host's; want another kernel", got)
+	}
+	// With a configuration of its own, of 400 MiB.
+	got = d.docker("run", "--rm", "--network", "none", "--runtime", "vmrt-large", busybox, "awk", "/MemTotal/ { print $2 }", "/proc/meminfo")
+	if kib, err := strconv.Atoi(got); err != nil || kib < 340<<10 || kib > 400<<10 {
+		d.Errorf("memory with another configuration = %q KiB; want almost 400 MiB", got)
 	}
 }
 

@@ -86,6 +86,7 @@ func (e *Env) startDocker(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	config := filepath.Join(e.dockerDir(), "daemon.json")
+	large := filepath.Join(e.dockerDir(), "large.toml")
 	b, err := json.Marshal(Object{
 		"hosts":      []string{"unix://" + e.dockerSocket()},
 		"containerd": e.Socket,
@@ -94,12 +95,20 @@ func (e *Env) startDocker(ctx context.Context) error {
 		"pidfile":    filepath.Join(e.dockerDir(), "pid"),
 		"init-path":  initProgram,
 		"debug":      true,
-		"runtimes":   Object{"vmrt": Object{"runtimeType": "io.containerd.vmrt.v2"}},
+		"runtimes": Object{
+			"vmrt": Object{"runtimeType": "io.containerd.vmrt.v2"},
+			// Another configuration than that of Config.VMRT.
+			"vmrt-large": Object{"runtimeType": "io.containerd.vmrt.v2", "options": Object{"ConfigPath": large}},
+		},
 	})
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.Mkdir(e.dockerDir(), 0o755), os.WriteFile(config, b, 0o644)); err != nil {
+	err = errors.Join(
+		os.Mkdir(e.dockerDir(), 0o755), os.WriteFile(config, b, 0o644),
+		os.WriteFile(large, []byte(e.cfg.VMRT+"\nmemory_mib = 400\n"), 0o644),
+	)
+	if err != nil {
 		return err
 	}
 	log, err := os.Create(e.dockerLog())

@@ -4,12 +4,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
 	"slices"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/thread"
 )
 
 // parking is a network namespace for devices that have no interface yet.
@@ -20,35 +20,33 @@ type parking struct {
 
 // openParking makes the namespace. It lives as long as the agent.
 func openParking() (*parking, error) {
-	type result struct {
-		p   *parking
-		err error
-	}
-	made := make(chan result)
-	go func() {
-		// The thread is never unlocked: it ends with this function.
-		runtime.LockOSThread()
-		var r result
-		if r.err = unix.Unshare(unix.CLONE_NEWNET); r.err == nil {
-			r.p = &parking{}
-			r.p.file, r.err = os.Open("/proc/thread-self/ns/net")
+	p := &parking{}
+	// Containers join the network namespace of the agent's first thread.
+	err := thread.Run(func() (err error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make network namespace: %w", err)
 		}
-		made <- r
-	}()
-	r := <-made
-	if r.err != nil {
-		return nil, fmt.Errorf("make network namespace: %w", r.err)
-	}
-	h, err := netlink.NewHandleAt(netns.NsHandle(r.p.file.Fd()), unix.NETLINK_ROUTE)
-	if err == nil {
-		err = h.SetSocketTimeout(timeout)
-	}
+		if p.file, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+			return fmt.Errorf("make network namespace: %w", err)
+		}
+		if p.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err == nil {
+			err = p.handle.SetSocketTimeout(timeout)
+		}
+		if err != nil {
+			return fmt.Errorf("netlink socket: %w", err)
+		}
+		return nil
+	})
 	if err != nil {
-		r.p.file.Close()
-		return nil, fmt.Errorf("netlink socket: %w", err)
+		if p.file != nil {
+			p.file.Close()
+		}
+		if p.handle != nil {
+			p.handle.Close()
+		}
+		return nil, err
 	}
-	r.p.handle = h
-	return r.p, nil
+	return p, nil
 }
 
 // park hides the hardware that no call has named, and returns the links that

@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/thread"
 	"github.com/vmrt/vmrt/pkg/tinyelf"
 )
 
@@ -65,7 +65,7 @@ func (p *Pod) Open(r *api.OpenPodRequest) (err error) {
 	if err := os.MkdirAll(p.namespaces, 0o711); err != nil {
 		return err
 	}
-	if err := onNewThread(func() error { return p.enter(r) }); err != nil {
+	if err := thread.Run(func() error { return p.enter(r) }); err != nil {
 		return err
 	}
 	if r.Pid {
@@ -80,16 +80,6 @@ func (p *Pod) Open(r *api.OpenPodRequest) (err error) {
 	}
 	p.open = true
 	return nil
-}
-
-// onNewThread runs f on a thread that ends with it.
-func onNewThread(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked
-		done <- f()
-	}()
-	return <-done
 }
 
 // enter moves the calling thread into the pod's namespaces and keeps them.
