@@ -66,6 +66,9 @@ func (s *Sandbox) Boot(ctx context.Context) error {
 // explain returns why the boot has failed: the end of the VM says more than the
 // read that it broke, and comes just after it.
 func (s *Sandbox) explain(ctx context.Context, err error) error {
+	if errors.Is(err, errRefused) {
+		return err // the guest stops because of it
+	}
 	if s.machine() != nil && ctx.Err() == nil && !errdefs.IsInvalidArgument(err) { // that is an answer
 		select {
 		case <-s.dead:
@@ -362,12 +365,15 @@ func readHello(ctx context.Context, conn net.Conn) (*api.Hello, error) {
 	return hello, api.ReadMessage(io.MultiReader(bytes.NewReader(first[:]), conn), hello)
 }
 
+// errRefused is a guest that this shim does not go on with.
+var errRefused = fmt.Errorf("the guest is refused: %w", errdefs.ErrFailedPrecondition)
+
 // answer decides about an agent by its Hello.
 func answer(hello *api.Hello) (*api.Welcome, error) {
 	if hello.GetProtocol() != api.ProtocolVersion {
-		err := fmt.Errorf("agent %q in the guest's initramfs speaks protocol %d, this shim (%s) %d: install shim and guest files of one release",
+		why := fmt.Sprintf("agent %q in the guest's initramfs speaks protocol %d, this shim (%s) %d: install shim and guest files of one release",
 			printable(hello.GetVersion(), 64), hello.GetProtocol(), version.Version, api.ProtocolVersion)
-		return &api.Welcome{Refused: err.Error()}, err
+		return &api.Welcome{Refused: why}, fmt.Errorf("%s: %w", why, errRefused)
 	}
 	seed := make([]byte, seedBytes)
 	rand.Read(seed)

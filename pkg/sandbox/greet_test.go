@@ -49,7 +49,7 @@ func TestGreet(t *testing.T) {
 		"after a close":          {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, hello}},
 		"after several of both":  {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Close, (*vsocktest.Conn).Reset, (*vsocktest.Conn).Reset, hello}},
 		"silent and never again": {guest: []func(*vsocktest.Conn) error{(*vsocktest.Conn).Reset}, want: []string{"wait for agent", "gave up", "connection reset"}},
-		"of another release": {
+		"of another protocol": {
 			guest: []func(*vsocktest.Conn) error{func(c *vsocktest.Conn) error {
 				if err := api.WriteMessage(c, &api.Hello{Protocol: api.ProtocolVersion + 1, Version: "v9\x1b[2J"}); err != nil {
 					return err
@@ -63,7 +63,7 @@ func TestGreet(t *testing.T) {
 				}
 				return nil
 			}},
-			want: []string{`agent "v9?[2J"`, fmt.Sprintf("protocol %d,", api.ProtocolVersion+1), "install shim and guest files of one release"},
+			want: []string{`agent "v9?[2J"`, fmt.Sprintf("speaks protocol %d, this shim", api.ProtocolVersion+1), fmt.Sprintf(") %d: install", api.ProtocolVersion), "failed precondition"},
 		},
 		"cut short, then complete": {guest: []func(*vsocktest.Conn) error{cutShort, hello}, want: []string{"agent's hello", "connection reset"}},
 	}

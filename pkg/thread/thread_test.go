@@ -16,7 +16,7 @@ import (
 
 // The first thread is free to be chosen: nothing is locked to it.
 func TestNeverTheFirst(t *testing.T) {
-	for range 50 {
+	for range 1000 {
 		var running sync.WaitGroup
 		for range 4 * runtime.GOMAXPROCS(0) {
 			running.Add(2)

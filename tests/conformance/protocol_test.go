@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/vmrt/vmrt/api"
 )
 
@@ -33,14 +36,19 @@ func TestOtherProtocol(t *testing.T) {
 	if err == nil {
 		t.Fatal("Create = nil; want an error")
 	}
-	want := regexp.MustCompile(fmt.Sprintf(`agent "%s" in the guest's initramfs speaks protocol %d, this shim \(.+\) %d: install shim and guest files of one release`,
+	want := regexp.MustCompile(fmt.Sprintf(`boot virtual machine of sandbox \S+: agent "%s" in the guest's initramfs speaks protocol %d, this shim \(.+\) %d: install shim and guest files of one release`,
 		regexp.QuoteMeta(version), protocol, api.ProtocolVersion))
 	if !want.MatchString(err.Error()) {
 		t.Errorf("Create = %v; want it to match %s", err, want)
 	}
 	t.Logf("Create = %v, after %v", err, time.Since(begin))
-	if strings.Contains(err.Error(), "boot_timeout") {
-		t.Errorf("Create = %v; want no word of a timeout", err)
+	for _, word := range []string{"boot_timeout", "console", "stopped"} {
+		if strings.Contains(err.Error(), word) {
+			t.Errorf("Create = %v; want nothing of what follows, such as %q", err, word)
+		}
+	}
+	if got := status.Code(err); got != codes.FailedPrecondition {
+		t.Errorf("kind of the error = %v; want %v", got, codes.FailedPrecondition)
 	}
 }
 
