@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// status returns fields of /proc/<pid>/status.
-func status(t *testing.T, pid int) map[string]string {
+// procStatus returns fields of /proc/<pid>/status.
+func procStatus(t *testing.T, pid int) map[string]string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -71,12 +71,12 @@ func TestHostSideIsConfined(t *testing.T) {
 	other.mustStart("")
 
 	vm := s.findVM()
-	st := status(t, vm)
+	st := procStatus(t, vm)
 	uid, _, _ := strings.Cut(st["Uid"], " ")
 	if n, err := strconv.Atoi(uid); err != nil || n < 0x70000000 || st["Uid"] != strings.Repeat(uid+" ", 3)+uid || st["Gid"] != st["Uid"] {
 		t.Errorf("QEMU runs as user %q, group %q; want one of its own", st["Uid"], st["Gid"])
 	}
-	if got := status(t, other.findVM())["Uid"]; got == st["Uid"] {
+	if got := procStatus(t, other.findVM())["Uid"]; got == st["Uid"] {
 		t.Errorf("QEMU of two pods runs as the same user, %s", got)
 	}
 	for field, want := range map[string]string{

@@ -76,6 +76,6 @@ func testLongTermBranch(t *testing.T, e *env.Env) {
 		t.Errorf("a new container says %q; want new", got)
 	}
 	p.crictl("stop", "-t", "0", log)
-	p.crictl("rm", log)
 	checkLines(t, filepath.Join(p.LogDir, "log.log"), 0)
+	p.crictl("rm", log)
 }
