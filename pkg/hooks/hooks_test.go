@@ -7,7 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -193,7 +195,11 @@ func TestHookLeavesDaemon(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("kill", strings.TrimSpace(string(b))).CombinedOutput(); err != nil {
-		t.Errorf("the daemon is gone: kill: %v: %s", err, out)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		t.Errorf("the daemon is gone: kill: %v", err)
 	}
 }
