@@ -1,12 +1,14 @@
 package conformance
 
 import (
+	"errors"
 	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/ttrpc"
 )
 
 // A client that gives up while its container is being created leaves the rest to
@@ -44,7 +46,8 @@ func TestShutdownDuringCreate(t *testing.T) {
 			}()
 			tc.wait(s)
 			begin := time.Now()
-			if _, err := s.task.Shutdown(s.call(), &taskapi.ShutdownRequest{ID: s.id}); err != nil {
+			// As with runc's shim, its end may come before the answer.
+			if _, err := s.task.Shutdown(s.call(), &taskapi.ShutdownRequest{ID: s.id}); err != nil && !errors.Is(err, ttrpc.ErrClosed) {
 				t.Errorf("Shutdown = %v; want nil", err)
 			}
 			if took := time.Since(begin); took > 15*time.Second {
