@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/vsock"
@@ -102,11 +103,26 @@ func (s *Sandbox) Resize(ctx context.Context, memoryMiB, cpus int) error {
 	return wrap(fmt.Sprintf("set the guest's CPUs to %d", cpus), err)
 }
 
-// Events calls handle with each event of the guest's task service, in order,
-// until the sandbox is dead. handle must not wait for the guest.
+// Events calls handle with each event of the guest's task service, once and in
+// order, until the sandbox is dead. handle must not wait for the guest.
 func (s *Sandbox) Events(ctx context.Context, handle func(*api.Event)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	for last := uint64(0); ; {
+		before := last
+		err := s.takeEvents(ctx, &last, handle)
+		// A host that was too busy to take 64 events within a second has lost
+		// the stream (ttrpc: stream.go, receive), not the events: a new stream
+		// repeats them.
+		if !errors.Is(err, ttrpc.ErrStreamFull) || last == before {
+			return err
+		}
+		log.G(ctx).WithField("sandbox", s.cfg.ID).WithField("event", last).Warn("guest events came faster than they were taken: subscribing again")
+	}
+}
+
+// takeEvents handles the events of one stream from the one after last on.
+func (s *Sandbox) takeEvents(ctx context.Context, last *uint64, handle func(*api.Event)) error {
 	stream, err := s.Agent().Events(ctx, &api.Empty{})
 	if err != nil {
 		return fmt.Errorf("subscribe to guest events: %w", fromGuest(err))
@@ -119,6 +135,13 @@ func (s *Sandbox) Events(ctx context.Context, handle func(*api.Event)) error {
 		if err != nil {
 			return fmt.Errorf("receive guest event: %w", fromGuest(err))
 		}
+		if ev.GetSeq() <= *last {
+			continue
+		}
+		if ev.GetSeq() != *last+1 {
+			return fmt.Errorf("guest event %d follows %d", ev.GetSeq(), *last)
+		}
+		*last++
 		handle(ev)
 	}
 }

@@ -44,13 +44,21 @@ func (a lyingTasks) State(context.Context, *taskapi.StateRequest) (*taskapi.Stat
 // answers everything with an error.
 func dialAgent(t *testing.T, answer error) *Sandbox {
 	t.Helper()
+	return agentOf(t, lyingAgent{err: answer}, lyingTasks{err: answer})
+}
+
+// agentOf returns a sandbox without a machine that is connected to an agent.
+func agentOf(t *testing.T, agent api.AgentService, tasks ...taskapi.TTRPCTaskService) *Sandbox {
+	t.Helper()
 	host, guest := net.Pipe()
 	server, err := ttrpc.NewServer()
 	if err != nil {
 		t.Fatal(err)
 	}
-	api.RegisterAgentService(server, lyingAgent{err: answer})
-	taskapi.RegisterTTRPCTaskService(server, lyingTasks{err: answer})
+	api.RegisterAgentService(server, agent)
+	for _, s := range tasks {
+		taskapi.RegisterTTRPCTaskService(server, s)
+	}
 	go server.Serve(t.Context(), &once{conn: guest, done: t.Context().Done()})
 	t.Cleanup(func() { server.Close() })
 	return connected(t, host, requestTimeout)

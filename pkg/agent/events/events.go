@@ -29,8 +29,9 @@ import (
 	"github.com/vmrt/vmrt/api"
 )
 
-// Replay is the number of sent events that a new stream repeats.
-const Replay = 256
+// Replay is the number of sent events that a new stream repeats: those that a
+// connection can hold while the host does not read.
+const Replay = 1024
 
 // ErrReplaced ends a stream when a newer one has begun.
 var ErrReplaced = errors.New("a newer event stream has begun")
