@@ -89,6 +89,10 @@ func cleanup(ctx context.Context, store state.Store, st *state.Sandbox, id strin
 		return err
 	}
 	defer unlock()
+	// Until then its socket is one that somebody listens on.
+	if err := st.Shim.Wait(ctx); err != nil {
+		return fmt.Errorf("clean up sandbox %s: shim: %w", st.ID, err)
+	}
 	// What another delete has done in the meantime counts.
 	st, err = store.Load(st.Namespace, st.ID)
 	if errdefs.IsNotFound(err) {

@@ -13,7 +13,9 @@ import (
 // it, and containerd's shim library expects it.
 const listener = 3
 
-// ownSocket returns the path of the shim's socket, or "".
+// ownSocket returns the path of the shim's socket, or "". It is for the start:
+// containerd's shim library serves a copy of the descriptor and lets the garbage
+// collector close this one.
 func ownSocket() string {
 	addr, err := unix.Getsockname(listener)
 	if err != nil {

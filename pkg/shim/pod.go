@@ -79,7 +79,7 @@ func (s *service) newSandbox(id, bundle string, pod *podConfig, options *anypb.A
 		return fmt.Errorf("size virtual machine of sandbox %s: %w", id, err)
 	}
 	sb, err := sandbox.New(sandbox.Config{
-		ID: id, Namespace: s.namespace, Bundle: bundle, Containers: containers, Socket: ownSocket(),
+		ID: id, Namespace: s.namespace, Bundle: bundle, Containers: containers, Socket: s.socket,
 		Settings: settings, NetNS: pod.netns, HostNetwork: pod.hostNetwork, CgroupsPath: pod.cgroupsPath,
 		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, SpareNICs: pod.spareNICs(settings),
 	})

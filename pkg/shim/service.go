@@ -62,6 +62,8 @@ type service struct {
 	namespace string
 	events    *eventQueue
 	shutdown  shutdown.Service
+	// socket is the path of the shim's own.
+	socket string
 	// streaming has the streams that clients open on the shim's socket.
 	streaming *streaming.Service
 	memory    trimmer
@@ -109,6 +111,7 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 		events:     newEventQueue(ctx, publisher),
 		shutdown:   sd,
 		streaming:  streaming.New(socket),
+		socket:     socket,
 		containers: map[string]*container{},
 	}
 	sd.RegisterCallback(func(ctx context.Context) error {

@@ -27,24 +27,29 @@ func Find(pid int) (Process, error) {
 	if pid <= 0 {
 		return Process{}, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
 	}
-	start, _, err := stat(pid)
+	st, err := stat(pid)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return Process{}, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return Process{}, fmt.Errorf("process %d: %w", pid, err)
 	}
-	return Process{Pid: pid, StartTime: start}, nil
+	return Process{Pid: pid, StartTime: st.start}, nil
 }
 
-// Alive reports whether the process runs; a zombie does not.
+// Alive reports whether the process runs. One that is ending, and a zombie, does
+// not; what it had may be in use a little longer, until Wait returns.
 func (p Process) Alive() bool {
 	if p.Pid <= 0 {
 		return false
 	}
-	start, status, err := stat(p.Pid)
-	return err == nil && start == p.StartTime && status != 'Z' && status != 'X'
+	st, err := stat(p.Pid)
+	return err == nil && st.start == p.StartTime && st.status != 'Z' && st.status != 'X' && st.flags&exiting == 0
 }
+
+// exiting is PF_EXITING (linux/sched.h): the process has begun to end. When its
+// peers see the ends of its connections, all of its threads have.
+const exiting = 4
 
 // Kill sends SIGKILL to this very process, and never to another that has its
 // pid now. Nil when it is gone.
@@ -60,8 +65,8 @@ func (p Process) Kill() error {
 	return nil
 }
 
-// Wait returns once the process has ended, or with ctx's error. Nil when it is
-// gone.
+// Wait returns once the process has ended with all of its threads, which close
+// its files at the latest, or with ctx's error. Nil when it is gone.
 func (p Process) Wait(ctx context.Context) error {
 	fd, err := p.open()
 	if err != nil || fd < 0 {
@@ -98,7 +103,7 @@ func (p Process) open() (int, error) {
 		return -1, fmt.Errorf("open process %d: %w", p.Pid, err)
 	}
 	// Only now, as the pid cannot go to another process any more unnoticed.
-	if !p.Alive() {
+	if st, err := stat(p.Pid); err != nil || st.start != p.StartTime {
 		unix.Close(fd)
 		return -1, nil
 	}
@@ -115,25 +120,32 @@ func readable(fd int) bool {
 	return n > 0 && err == nil
 }
 
-// stat returns a process's start time and status.
-func stat(pid int) (start uint64, status byte, err error) {
+// status is part of /proc/<pid>/stat.
+type status struct {
+	start  uint64 // field 22
+	status byte   // field 3
+	flags  uint64 // field 9: PF_* of linux/sched.h, of the first thread
+}
+
+func stat(pid int) (status, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return 0, 0, err
+		return status{}, err
 	}
 	return parseStat(b)
 }
 
-// parseStat takes the third and the 22nd field of /proc/<pid>/stat. The second
-// is the command's name, in which there may be anything, in parentheses.
-func parseStat(b []byte) (start uint64, status byte, err error) {
+// parseStat reads /proc/<pid>/stat. The second field is the command's name, in
+// which there may be anything, in parentheses.
+func parseStat(b []byte) (status, error) {
 	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(fields) < 20 {
-		return 0, 0, fmt.Errorf("stat %q: too short", b)
+		return status{}, fmt.Errorf("stat %q: too short", b)
 	}
-	start, err = strconv.ParseUint(string(fields[19]), 10, 64)
-	if err != nil {
-		return 0, 0, fmt.Errorf("stat %q: %w", b, err)
+	start, err := strconv.ParseUint(string(fields[19]), 10, 64)
+	flags, flagsErr := strconv.ParseUint(string(fields[6]), 10, 64)
+	if err := errors.Join(err, flagsErr); err != nil {
+		return status{}, fmt.Errorf("stat %q: %w", b, err)
 	}
-	return start, fields[0][0], nil
+	return status{start: start, status: fields[0][0], flags: flags}, nil
 }

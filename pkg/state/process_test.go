@@ -101,9 +101,13 @@ func TestParseStat(t *testing.T) {
 		{")", 0, 0, false},
 		{"7 (x) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 -1", 0, 0, false},
 	} {
-		start, status, err := parseStat([]byte(tt.in))
-		if start != tt.start || status != tt.status || (err == nil) != tt.ok {
-			t.Errorf("parseStat(%q) = %d, %c, %v; want %d, %c, ok %t", tt.in, start, status, err, tt.start, tt.status, tt.ok)
+		var want status
+		if tt.ok {
+			want = status{start: tt.start, status: tt.status, flags: 6}
+		}
+		got, err := parseStat([]byte(tt.in))
+		if got != want || (err == nil) != tt.ok {
+			t.Errorf("parseStat(%q) = %+v, %v; want %+v, ok %t", tt.in, got, err, want, tt.ok)
 		}
 	}
 }

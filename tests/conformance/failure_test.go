@@ -183,6 +183,9 @@ func TestShimKilled(t *testing.T) {
 			t.Errorf("shim delete = %v, %v; want status 137", &resp, err)
 		}
 	}
+	if _, err := os.Stat(s.socket); !os.IsNotExist(err) {
+		t.Errorf("the shim's socket after shim delete: %v; want it gone", err)
+	}
 	if b, err := os.ReadFile(marker); err != nil || !bytes.Contains(b, []byte(s.id)) {
 		t.Errorf("poststop hook got %q, %v; want the state of %s", b, err, s.id)
 	}
