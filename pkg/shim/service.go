@@ -344,11 +344,15 @@ func endSandbox(ctx context.Context, sb *sandbox.Sandbox, booted <-chan struct{}
 // lets every process exit that still had not.
 func (s *service) follow(sb *sandbox.Sandbox) {
 	err := sb.Events(s.ctx, func(ev *api.Event) { s.guestEvent(s.ctx, ev) })
+	// The stream breaks a moment before the end of its machine is noticed, which
+	// says more.
+	timer := time.NewTimer(deathNotice)
+	defer timer.Stop()
 	select {
 	case <-sb.Dead():
 	case <-s.ctx.Done():
 		return
-	default:
+	case <-timer.C:
 		ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
 		defer cancel()
 		if err := sb.Kill(ctx, err); err != nil {
