@@ -10,8 +10,10 @@ export PATH := $(CURDIR)/hack/bin:$(PATH)
 VERSION  := $(or $(shell git describe --tags --always --dirty 2>/dev/null),devel)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 MODULE   := github.com/vmrt/vmrt
+# containerd's package of shims prints its own version for -v.
+SHIM     := github.com/containerd/containerd/v2/version
 LDFLAGS  := -s -w -X $(MODULE)/pkg/version.Version=$(VERSION) -X $(MODULE)/pkg/version.Revision=$(REVISION) \
-	-X main.version=$(VERSION)
+	-X $(SHIM).Version=$(VERSION) -X $(SHIM).Revision=$(REVISION)
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags no_grpc -ldflags '$(LDFLAGS)'
 
 FUZZTIME ?= 30s

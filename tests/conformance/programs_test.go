@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -65,6 +66,11 @@ func TestVmrtctl(t *testing.T) {
 	}
 	if got := s.vmrtctl("version"); !regexp.MustCompile(`^vmrtctl \S+ [0-9a-f]{40}\n$`).MatchString(got) {
 		t.Errorf("vmrtctl version = %q; want version and revision", got)
+	}
+	name, own := filepath.Join(shimDir(t), "containerd-shim-vmrt-v2"), strings.Fields(s.vmrtctl("version"))
+	out, err := exec.Command(name, "-v").Output()
+	if got := strings.Fields(string(out)); err != nil || len(own) != 3 || !slices.Contains(got, own[1]) || !slices.Contains(got, own[2]) {
+		t.Errorf("%s -v = %q, %v; want what vmrtctl says, %q", name, out, err, own)
 	}
 	list := func() []string {
 		t.Helper()
