@@ -101,6 +101,7 @@ func Late(p *Phases) error {
 		{"loopback", loopbackUp},
 		{"limits", raiseLimits},
 		{"sysctls", setSysctls},
+		{"runtime", func() error { return sealRuntime(api.Runtime) }},
 		{"late-modules", lateModules},
 	} {
 		errs = append(errs, step.do())
