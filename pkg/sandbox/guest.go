@@ -121,12 +121,14 @@ func (s *Sandbox) Events(ctx context.Context, handle func(*api.Event)) error {
 	}
 }
 
-// takeEvents handles the events of one stream from the one after last on.
+// takeEvents handles the events of one stream from the one after last on. Those
+// before are skipped where the stream begins with them.
 func (s *Sandbox) takeEvents(ctx context.Context, last *uint64, handle func(*api.Event)) error {
 	stream, err := s.Agent().Events(ctx, &api.Empty{})
 	if err != nil {
 		return fmt.Errorf("subscribe to guest events: %w", fromGuest(err))
 	}
+	repeated := *last
 	for {
 		ev, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -135,13 +137,14 @@ func (s *Sandbox) takeEvents(ctx context.Context, last *uint64, handle func(*api
 		if err != nil {
 			return fmt.Errorf("receive guest event: %w", fromGuest(err))
 		}
-		if ev.GetSeq() <= *last {
+		seq := ev.GetSeq()
+		if *last == repeated && 0 < seq && seq <= repeated {
 			continue
 		}
-		if ev.GetSeq() != *last+1 {
-			return fmt.Errorf("guest event %d follows %d", ev.GetSeq(), *last)
+		if seq != *last+1 {
+			return fmt.Errorf("guest event %d follows %d", seq, *last)
 		}
-		*last++
+		*last = seq
 		handle(ev)
 	}
 }

@@ -34,13 +34,15 @@ func (s *shim) refused(what string, is func(error) bool, request func() error) {
 	if err == nil || !is(err) {
 		s.t.Errorf("%s = %v; want an error of another kind", what, err)
 	}
-	if after := s.traces(); after != before {
-		s.t.Errorf("%s has left something: before\n%safter\n%s", what, before, after)
+	// What was there may be on its way out.
+	left := slices.DeleteFunc(s.traces(), func(trace string) bool { return slices.Contains(before, trace) })
+	if len(left) > 0 {
+		s.t.Errorf("%s has left something:\n%s", what, strings.Join(left, "\n"))
 	}
 }
 
 // traces lists what the shim has on the host: its folders and its processes.
-func (s *shim) traces() string {
+func (s *shim) traces() []string {
 	s.t.Helper()
 	found, err := filepath.Glob(filepath.Join(s.dir, "state", "*", "*"))
 	if err != nil {
@@ -60,8 +62,7 @@ func (s *shim) traces() string {
 			found = append(found, "process "+pid+" "+strings.TrimSpace(string(name)))
 		}
 	}
-	slices.Sort(found)
-	return strings.Join(found, "\n")
+	return found
 }
 
 // newNetNS makes a named network namespace and runs lines of ip(8)'s arguments
@@ -262,7 +263,10 @@ func TestSandboxAPIErrors(t *testing.T) {
 	if err := create(resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 1 << 60, CpuQuota: 1 << 50, CpuPeriod: 1000}), nil)(); err != nil {
 		t.Fatalf("CreateSandbox with absurd limits = %v; want nil", err)
 	}
-	s.refused("second CreateSandbox", errdefs.IsAlreadyExists, create(nil, nil))
+	// Meanwhile the machine starts, and leaves traces.
+	if err := nativeError(create(nil, nil)()); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("second CreateSandbox = %v; want that it exists", err)
+	}
 	// Stopped while it boots.
 	if _, err := api.StopSandbox(s.call(), &sandboxapi.StopSandboxRequest{SandboxID: s.id}); err != nil {
 		t.Errorf("StopSandbox of a booting sandbox = %v; want nil", err)

@@ -198,6 +198,7 @@ func (*agent) ConfigureNetwork(context.Context, *api.NetworkConfig) (*api.Empty,
 
 // Events tells of containers' ends and, if that is the mode, of anything else.
 func (a *agent) Events(ctx context.Context, _ *api.Empty, stream api.Agent_EventsServer) error {
+	var seq uint64
 	for {
 		var lies []any
 		if a.tasks.mode == "events" {
@@ -230,7 +231,8 @@ func (a *agent) Events(ctx context.Context, _ *api.Empty, stream api.Agent_Event
 			if err != nil {
 				return err
 			}
-			if err := stream.Send(&api.Event{Topic: strings.Repeat("\x1b", 1000), Event: encoded}); err != nil {
+			seq++
+			if err := stream.Send(&api.Event{Seq: seq, Topic: strings.Repeat("\x1b", 1000), Event: encoded}); err != nil {
 				return err
 			}
 		}
