@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 
 	cgroup2stats "github.com/containerd/cgroups/v3/cgroup2/stats"
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -79,7 +80,40 @@ func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Em
 	if err != nil {
 		return nil, err
 	}
+	if r.Signal == uint32(syscall.SIGKILL) && p == c.init {
+		s.mustEnd(c)
+	}
 	return empty, nil
+}
+
+// mustEnd sees to it that a container which was sent SIGKILL ends: clients wait
+// for it, and a guest can keep silent. Where it does not end in killTime, the
+// virtual machine does.
+func (s *service) mustEnd(c *container) {
+	sb, err := s.guest()
+	if err != nil || !c.init.takeKill() {
+		return
+	}
+	go func() {
+		timer := time.NewTimer(killTime)
+		defer timer.Stop()
+		select {
+		case <-c.init.exited:
+			return
+		case <-sb.Dead():
+			return
+		case <-s.ctx.Done():
+			return
+		case <-timer.C:
+		}
+		cause := fmt.Errorf("container %s did not end within %s of SIGKILL", c.id, killTime)
+		log.G(s.ctx).WithError(cause).Error("ending the virtual machine")
+		ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
+		defer cancel()
+		if err := sb.Kill(ctx, cause); err != nil {
+			log.G(ctx).WithError(err).Error("kill virtual machine")
+		}
+	}()
 }
 
 // watchAnchor passes a signal that somebody on the host has ended the

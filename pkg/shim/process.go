@@ -41,6 +41,8 @@ type process struct {
 	// asked is true once the guest may have been asked to start it; started and
 	// exiting say that the guest has announced that much.
 	asked, started, exiting bool
+	// killed is true once somebody sees to the end that SIGKILL makes.
+	killed bool
 	// io is nil while the process has no streams.
 	io *stdio.IO
 	// guest is true once the guest may know the process.
@@ -190,6 +192,15 @@ func (p *process) takeExit() bool {
 	}
 	p.exiting = true
 	return true
+}
+
+// takeKill returns true once.
+func (p *process) takeKill() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	taken := !p.killed
+	p.killed = true
+	return taken
 }
 
 func (p *process) inGuest() bool {

@@ -45,6 +45,9 @@ const (
 	// drainTimeout is how long Delete waits for output that a client does not
 	// read, as runc's shim does.
 	drainTimeout = 10 * time.Second
+	// killTime is how long a container may take to end after SIGKILL. CRI waits
+	// for two minutes, and cannot end a pod whose containers have not.
+	killTime = time.Minute
 	// stopTimeout is for the end of the virtual machine and its remains.
 	stopTimeout = 20 * time.Second
 	// statusKilled is the exit status of what a SIGKILL ended.

@@ -72,6 +72,12 @@ func (s *shim) killedWithin(limit time.Duration) {
 // Whatever an agent does that was taken over, the host stays as it is, and the
 // pod can be ended.
 func TestLyingAgent(t *testing.T) {
+	// Tells nobody that its container has ended: the others have their turn
+	// while the host waits.
+	silent := liar(t, "silent")
+	silent.mustCreate(nil, false)
+	silent.mustStart("")
+	silent.kill(syscall.SIGKILL, false)
 	t.Run("events", func(t *testing.T) {
 		s := liar(t, "events")
 		s.mustCreate(nil, false)
@@ -150,4 +156,11 @@ func TestLyingAgent(t *testing.T) {
 		}
 		s.killedWithin(30 * time.Second)
 	})
+	if got := silent.wait(""); got != 137 {
+		t.Errorf("exit status of a container whose end the guest keeps silent = %d; want 137", got)
+	}
+	if want := "did not end within"; !strings.Contains(silent.log.String(), want) {
+		t.Errorf("the log lacks %q", want)
+	}
+	silent.delete("")
 }

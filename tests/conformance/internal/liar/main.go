@@ -6,6 +6,7 @@
 //	deaf     reads no requests once a container has started
 //	giant    answers Stats with megabytes
 //	errors   answers Pause with an error that is long and full of control characters
+//	silent   tells nobody that SIGKILL has ended a container
 //	quiet    nothing of that
 //
 // Containers are made up; SIGKILL ends them.
@@ -145,7 +146,9 @@ func (t *tasks) Start(context.Context, *taskapi.StartRequest) (*taskapi.StartRes
 }
 
 func (t *tasks) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
-	t.killed <- r.ID
+	if t.mode != "silent" {
+		t.killed <- r.ID
+	}
 	return empty, nil
 }
 
