@@ -17,9 +17,6 @@ demo=(busybox-static iproute2 kmod mount qemu-system-x86 util-linux)
 # passt is for containers and pods with the host's network alone.
 test=(e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev passt pkg-config procps qemu-utils tini)
 
-# virtiofsd is a package of its own since Debian 13.
-[[ -x /usr/lib/qemu/virtiofsd ]] || ! apt-cache show virtiofsd >/dev/null 2>&1 || demo+=(virtiofsd)
-
 # backports_lists: points apt at package lists of our own, which know the
 # machine's sources and the backports of its release.
 backports_lists() {
@@ -63,6 +60,10 @@ install_go() {
 	"$HACK/bin/go" -path >/dev/null
 }
 
+# need_virtiofsd: a package of its own since Debian 13. Before, QEMU's brings it,
+# which is installed by now. The package lists do not tell: a new machine has none.
+need_virtiofsd() { [[ -x /usr/lib/qemu/virtiofsd ]] || need virtiofsd; }
+
 packages=()
 for group; do
 	case $group in
@@ -73,4 +74,5 @@ for group; do
 	esac
 done
 need "${packages[@]}"
+[[ " ${packages[*]} " != *" qemu-system-x86 "* ]] || need_virtiofsd
 install_go
