@@ -15,7 +15,7 @@ HACK=$(cd "$(dirname "$0")" && pwd)
 build=(ca-certificates)
 demo=(busybox-static iproute2 kmod mount qemu-system-x86 util-linux)
 # passt is for containers and pods with the host's network alone.
-test=(e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev passt pkg-config procps qemu-utils tini)
+test=(cpio crun e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev passt pkg-config procps qemu-utils tini)
 
 # backports_lists: points apt at package lists of our own, which know the
 # machine's sources and the backports of its release.
