@@ -75,6 +75,11 @@ func (c client) compare(t *testing.T, e *env.Env, scenarios []scenario) {
 	for _, sc := range scenarios {
 		t.Run(sc.name, func(t *testing.T) {
 			ctx := env.Context(t)
+			t.Cleanup(func() {
+				if t.Failed() {
+					removeAll(t, e)
+				}
+			})
 			want := c.play(ctx, t, e, sc, runcName)
 			if len(sc.steps) > 1 && want[0].Code != 0 {
 				t.Fatal("the scenario does not work with runc")
@@ -117,6 +122,16 @@ func (c client) play(ctx context.Context, t *testing.T, e *env.Env, sc scenario,
 		all = append(all, outcome{Stdout: string(out)})
 	}
 	return append(all, outcome{Stdout: fmt.Sprintf("clients left FIFOs of %d processes", removeFIFOs(t, e))})
+}
+
+// removeAll removes what a scenario that has failed may have left, so that the
+// next does not fail for it.
+func removeAll(t *testing.T, e *env.Env) {
+	ctx, cancel := context.WithTimeout(context.Background(), stepTimeout)
+	defer cancel()
+	if out, err := e.Command(ctx, "sh", "-c", "nerdctl ps -aq --no-trunc | xargs -r nerdctl rm -f").Run(); err != nil {
+		t.Errorf("remove what is left: %v: %s", err, out)
+	}
 }
 
 // removeFIFOs removes the folders of FIFOs that clients have left, as they do
