@@ -23,13 +23,13 @@ KVM=(
 	'pkg/hypervisor/qemu ^TestIntegration(Identify|BootAndKill|SMP|Unprivileged|BadKernel|Interfaces|Share)$/^tuned$'
 	'pkg/vsock ^TestKVM$'
 	'pkg/agent ^TestKVM'
-	'pkg/network ^TestKVM'
 	'tests/conformance ^Test(Lifecycle|Exec|StdinRoundTrip|HostKill|Clock|VMKilled|ShimKilled)$'
 	'tests/lab/kvm ^TestKVM'
 )
 # What these tests would build.
-KVM_PROGRAMS=(pkg/hypervisor/qemu/testdata/init pkg/vsock/internal/vsockguest pkg/network/internal/probe/guest)
-KVM_TIMEOUT=${KVM_TIMEOUT:-20m}
+KVM_PROGRAMS=(pkg/hypervisor/qemu/testdata/init pkg/vsock/internal/vsockguest)
+KVM_TIMEOUT=${KVM_TIMEOUT:-20m} # of a nested machine
+KVM_TEST_TIMEOUT=10m            # of a package in it
 # The tests for which the versions of QEMU and virtiofsd matter.
 VMM=(./guest ./pkg/hypervisor/qemu/... ./pkg/storage ./pkg/vsock ./tests/conformance)
 VMM_RUN='^Test(Boot|Integration|VM|Pause|Daemon|Lifecycle$|Exec$|BindMounts$|ShimKilled$)'
@@ -71,7 +71,7 @@ kvm() {
 		program=$tmp/${dir//\//-}.test
 		go test -c -o "$program" "./$dir"
 		printf 'cd %q && %q -t -p %q %q -test.v=test2json -test.run %q -test.timeout %q\n' "$PWD/$dir" \
-			"$tmp/test2json" "$MODULE/$dir" "$program" "${KVM_RUN:-$run}" "$KVM_TIMEOUT"
+			"$tmp/test2json" "$MODULE/$dir" "$program" "${KVM_RUN:-$run}" "$KVM_TEST_TIMEOUT"
 	done >"$tmp/script"
 	in_nested_machine && return
 	while read -r entry; do
