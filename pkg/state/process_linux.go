@@ -96,7 +96,9 @@ func (p Process) open() (int, error) {
 		return -1, nil
 	}
 	fd, err := unix.PidfdOpen(p.Pid, 0)
-	if errors.Is(err, unix.ESRCH) {
+	// EINVAL, in older kernels, and ENOENT: the number still names a session or
+	// a group of processes, and no process (kernel/fork.c, pidfd_prepare).
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 		return -1, nil
 	}
 	if err != nil {

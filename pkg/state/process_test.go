@@ -3,8 +3,10 @@ package state
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,6 +85,43 @@ func TestNoProcess(t *testing.T) {
 	}
 	if p, err := Find(os.Getpid()); err != nil || !p.Alive() {
 		t.Errorf("Find() of this process = %+v, %v; want it alive", p, err)
+	}
+}
+
+// The number of a process that has ended still names its session while others
+// are in it, as QEMU is in a shim's.
+func TestProcessOfLivingSession(t *testing.T) {
+	cmd := exec.Command("sh", "-c", "sleep 1000 & echo $!; read x")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var child int
+	if _, err := fmt.Fscan(out, &child); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Kill(child, syscall.SIGKILL)
+	p, err := Find(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	_ = cmd.Wait() // read fails at the end of its input
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := errors.Join(p.Wait(ctx), p.Kill()); err != nil || p.Alive() {
+		t.Errorf("Wait and Kill of a process that is gone = %v, alive %t; want nil, false", err, p.Alive())
+	}
+	if err := syscall.Kill(child, 0); err != nil {
+		t.Errorf("the other process of the session: %v; want that it lives", err)
 	}
 }
 
