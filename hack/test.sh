@@ -73,7 +73,10 @@ kvm() {
 		printf 'cd %q && %q -t -p %q %q -test.v=test2json -test.run %q -test.timeout %q\n' "$PWD/$dir" \
 			"$tmp/test2json" "$MODULE/$dir" "$program" "${KVM_RUN:-$run}" "$KVM_TEST_TIMEOUT"
 	done >"$tmp/script"
-	in_nested_machine && return
+	if in_nested_machine; then
+		cat "$tmp/events"
+		return
+	fi
 	while read -r entry; do
 		[[ $entry =~ \ -p\ ([^ ]+) ]] && dir=${BASH_REMATCH[1]}
 		if grep -q "\"Action\":\"pass\",\"Package\":\"$dir\",\"Elapsed\"" "$tmp/events"; then
@@ -89,15 +92,14 @@ kvm() {
 }
 
 # in_nested_machine runs $tmp/script in a machine of its own, shows how it goes,
-# and leaves the events in $tmp/events. When all has passed it prints them.
+# and leaves the events in $tmp/events. It fails unless all has passed.
 in_nested_machine() {
 	local code=0
 	{
 		VMRT_REQUIRE_VM=1 VMRT_PROGRAMS=$tmp/programs "$tmp/lab" -timeout "$KVM_TIMEOUT" -- bash "$tmp/script" || code=$?
 		# From 124 on it is not the tests that failed.
 		((code < 124)) || printf 'lab: exit code %d\n{"Action":"fail","Package":"%s/tests/lab"}\n' "$code" "$MODULE"
-	} | tee "$tmp/events" | go run ./hack/testsum >&2 || return
-	cat "$tmp/events"
+	} | tee "$tmp/events" | go run ./hack/testsum >&2
 }
 
 # other_release: the Debian release whose QEMU and virtiofsd this machine does

@@ -197,11 +197,13 @@ func (s *Server) dial(network string, to netip.AddrPort) (port net.Conn, err err
 		return err
 	}
 	if s.cfg.Namespace == nil {
-		return port, connect()
+		err = connect()
+		return port, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.Connect)
 	defer cancel()
-	return port, s.cfg.Namespace.Do(ctx, connect)
+	err = s.cfg.Namespace.Do(ctx, connect)
+	return port, err
 }
 
 // exchange relays datagrams until the other side closes the connection, or no

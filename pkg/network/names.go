@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/api"
 )
 
 // A name server that listens in the pod's network namespace on the host, such
@@ -142,13 +144,10 @@ func passFilters(from, tap int) []*netlink.U32 {
 			FilterAttrs: attrs(passNamesPriority, unix.ETH_P_IP),
 			// What matches and has no action is accepted.
 			Sel: &nl.TcU32Sel{Flags: nl.TC_U32_TERMINAL, Keys: []nl.TcU32Key{
-				{Off: 0, Mask: 0x0f000000, Val: 0x05000000},                                  // a header of 20 bytes
-				{Off: 4, Mask: 0x00001fff, Val: 0},                                           // not a later fragment
-				{Off: 20, Mask: 0xffff0000 | hostPortMask, Val: namePort<<16 | hostPortMask}, // from port 53 to the namespace's
+				{Off: 0, Mask: 0x0f000000, Val: 0x05000000},                                       // a header of 20 bytes
+				{Off: 4, Mask: 0x00001fff, Val: 0},                                                // not a later fragment
+				{Off: 20, Mask: 0xffff0000 | hostPortMask, Val: api.PortNames<<16 | hostPortMask}, // from port 53 to the namespace's
 			}},
 		},
 	}
 }
-
-// namePort is where name servers listen (RFC 1035, section 4.2).
-const namePort = 53

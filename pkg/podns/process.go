@@ -144,8 +144,7 @@ func (p *Process) InMounts(f func() error) error {
 		return err
 	}
 	defer unix.Close(pidfd)
-	done := make(chan error, 1)
-	thread.Go(func() {
+	return thread.Run(func() error {
 		// setns(2) wants a working directory and root of the thread's own.
 		err := unix.Unshare(unix.CLONE_FS)
 		if err == nil {
@@ -153,12 +152,10 @@ func (p *Process) InMounts(f func() error) error {
 			err = unix.Setns(pidfd, unix.CLONE_NEWNS)
 		}
 		if err != nil {
-			done <- fmt.Errorf("enter mount namespace of process %d: %w", p.pid, err)
-			return
+			return fmt.Errorf("enter mount namespace of process %d: %w", p.pid, err)
 		}
-		done <- f()
+		return f()
 	})
-	return <-done
 }
 
 func (p *Process) dup() (int, error) {

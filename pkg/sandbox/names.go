@@ -18,14 +18,13 @@ const maxNameConns = 128
 // nameServers are those that listen on loopback addresses of the pod's network
 // namespace on the host, and that the guest may ask.
 type nameServers struct {
-	mu     sync.Mutex   // held while the guest is told
-	served []netip.Addr // guarded by mu
+	mu sync.Mutex // held while the guest is told
 	// stop ends what serves the guest's connections, nil while nothing does.
 	stop context.CancelFunc // guarded by mu
 
-	// allowedMu comes after mu.
-	allowedMu sync.Mutex
-	allowed   map[netip.Addr]bool // guarded by allowedMu
+	// servedMu comes after mu.
+	servedMu sync.Mutex
+	served   []netip.Addr // guarded by servedMu; changed with mu held as well
 }
 
 // ServeNames has programs in the guest reach those of the name servers that
@@ -57,7 +56,6 @@ func (s *Sandbox) ServeNames(ctx context.Context, servers []netip.Addr) error {
 	var found []string
 	for _, l := range listeners {
 		if addr := l.Addr.Addr(); slices.Contains(servers, addr) && len(n.served) < api.MaxNameServers && !slices.Contains(n.served, addr) {
-			n.served = append(n.served, addr)
 			found = append(found, addr.String())
 			n.allow(addr)
 		}
@@ -80,20 +78,18 @@ func (s *Sandbox) ServeNames(ctx context.Context, servers []netip.Addr) error {
 	return wrap("serve names in guest", err)
 }
 
+// allow lets the guest ask a name server. n.mu is held.
 func (n *nameServers) allow(addr netip.Addr) {
-	n.allowedMu.Lock()
-	defer n.allowedMu.Unlock()
-	if n.allowed == nil {
-		n.allowed = make(map[netip.Addr]bool)
-	}
-	n.allowed[addr] = true
+	n.servedMu.Lock()
+	defer n.servedMu.Unlock()
+	n.served = append(n.served, addr)
 }
 
 // check returns an error unless the guest was told of the name server.
 func (n *nameServers) check(network string, to netip.AddrPort) error {
-	n.allowedMu.Lock()
-	defer n.allowedMu.Unlock()
-	if to.Port() != api.PortNames || !n.allowed[to.Addr()] {
+	n.servedMu.Lock()
+	defer n.servedMu.Unlock()
+	if to.Port() != api.PortNames || !slices.Contains(n.served, to.Addr()) {
 		return fmt.Errorf("no name server at %s by %s was offered", to, network)
 	}
 	return nil

@@ -108,11 +108,7 @@ func (s *service) mustEnd(c *container) {
 		}
 		cause := fmt.Errorf("container %s did not end within %s of SIGKILL", c.id, killTime)
 		log.G(s.ctx).WithError(cause).Error("ending the virtual machine")
-		ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
-		defer cancel()
-		if err := sb.Kill(ctx, cause); err != nil {
-			log.G(ctx).WithError(err).Error("kill virtual machine")
-		}
+		s.killMachine(sb, cause)
 	}()
 }
 

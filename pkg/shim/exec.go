@@ -112,16 +112,16 @@ func (s *service) startInit(ctx context.Context, sb *sandbox.Sandbox, c *contain
 			return err
 		}
 	}
-	if !c.isPod {
+	if c.isPod {
+		s.startPod(c)
+	} else {
 		// With the interface Docker has started its name server, and names it.
 		if err := sb.ServeNames(ctx, nameServers(c.spec)); err != nil {
 			return err
 		}
-	}
-	if c.isPod {
-		s.startPod(c)
-	} else if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {
-		return s.guestError(sb, err)
+		if _, err := sb.Tasks().Start(ctx, &taskapi.StartRequest{ID: c.id}); err != nil {
+			return s.guestError(sb, err)
+		}
 	}
 	c.init.setState(statusRunning)
 	if err := s.runHooks(ctx, c, specs.StateRunning, hookPoststart); err != nil {

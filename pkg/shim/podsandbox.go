@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/sandbox"
@@ -69,11 +70,7 @@ func (s *service) podStats(c *container) (*taskapi.StatsResponse, error) {
 	if state, _, _ := c.init.snapshot(); state == statusStopped {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("metrics of container %s: it has ended: %w", c.id, errdefs.ErrNotFound))
 	}
-	metrics, err := podMetrics(sb)
-	if err != nil {
-		return nil, err
-	}
-	stats, err := typeurl.MarshalAnyToProto(metrics)
+	stats, err := podMetrics(sb)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
@@ -82,12 +79,12 @@ func (s *service) podStats(c *container) (*taskapi.StatsResponse, error) {
 
 // podMetrics are what the host counts for the pod: its virtual machine and the
 // processes that serve it.
-func podMetrics(sb *sandbox.Sandbox) (*cgroup2stats.Metrics, error) {
+func podMetrics(sb *sandbox.Sandbox) (*anypb.Any, error) {
 	st, err := sb.Cgroup().Stats()
 	if err != nil {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("read the pod's cgroup: %w", err))
+		return nil, fmt.Errorf("read the pod's cgroup: %w", err)
 	}
-	return &cgroup2stats.Metrics{
+	return typeurl.MarshalAnyToProto(&cgroup2stats.Metrics{
 		Pids: &cgroup2stats.PidsStat{Current: st.Pids},
 		CPU: &cgroup2stats.CPUStat{
 			UsageUsec:  uint64(st.CPUTotal.Microseconds()),
@@ -97,5 +94,5 @@ func podMetrics(sb *sandbox.Sandbox) (*cgroup2stats.Metrics, error) {
 		Memory: &cgroup2stats.MemoryStat{
 			Usage: st.Memory, UsageLimit: st.MemoryLimit, InactiveFile: st.MemoryInactiveFile,
 		},
-	}, nil
+	})
 }

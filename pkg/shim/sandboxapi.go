@@ -13,7 +13,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
-	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/vmrt/vmrt/api"
@@ -347,11 +346,7 @@ func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetri
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
-	metrics, err := podMetrics(sb)
-	if err != nil {
-		return nil, err
-	}
-	data, err := typeurl.MarshalAnyToProto(metrics)
+	data, err := podMetrics(sb)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}

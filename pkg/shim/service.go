@@ -343,6 +343,15 @@ func endSandbox(ctx context.Context, sb *sandbox.Sandbox, booted <-chan struct{}
 	return sb.Stop(ctx)
 }
 
+// killMachine ends a virtual machine that nobody waits for the end of.
+func (s *service) killMachine(sb *sandbox.Sandbox, why error) {
+	ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
+	defer cancel()
+	if err := sb.Kill(ctx, why); err != nil {
+		log.G(ctx).WithError(err).Error("kill virtual machine")
+	}
+}
+
 // follow takes the guest's events until the virtual machine has ended, and then
 // lets every process exit that still had not.
 func (s *service) follow(sb *sandbox.Sandbox) {
@@ -356,11 +365,7 @@ func (s *service) follow(sb *sandbox.Sandbox) {
 	case <-s.ctx.Done():
 		return
 	case <-timer.C:
-		ctx, cancel := context.WithTimeout(s.ctx, stopTimeout)
-		defer cancel()
-		if err := sb.Kill(ctx, err); err != nil {
-			log.G(ctx).WithError(err).Error("kill virtual machine")
-		}
+		s.killMachine(sb, err)
 	}
 	if err := sb.Err(); err != nil {
 		log.G(s.ctx).WithError(err).Error("virtual machine ended")
