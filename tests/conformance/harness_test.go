@@ -44,13 +44,18 @@ var callTimeout = func() time.Duration {
 
 const namespace = "conformance"
 
-// shimDir is where `make build` puts the binaries.
-func shimDir(t testing.TB) string {
-	dir := os.Getenv("VMRT_BIN")
-	if dir == "" {
-		dir = "../../bin"
+// binDir is where `make build` puts the binaries, or what VMRT_BIN names.
+func binDir() string {
+	if dir := os.Getenv("VMRT_BIN"); dir != "" {
+		return dir
 	}
-	dir, err := filepath.Abs(dir)
+	return "../../bin"
+}
+
+// shimDir is binDir as an absolute path.
+func shimDir(t testing.TB) string {
+	t.Helper()
+	dir, err := filepath.Abs(binDir())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,12 +26,8 @@ func (s *shim) vmrtctl(args ...string) string {
 // checkedKernel is the kernel that `vmrtctl check` says is used.
 var checkedKernel = func() func(testing.TB) string {
 	kernel := sync.OnceValues(func() (string, error) {
-		dir := os.Getenv("VMRT_BIN")
-		if dir == "" {
-			dir = "../../bin"
-		}
 		// What fails is another test's business.
-		out, _ := exec.Command(filepath.Join(dir, "vmrtctl"), "check").Output()
+		out, _ := exec.Command(filepath.Join(binDir(), "vmrtctl"), "check").Output()
 		if m := regexp.MustCompile(`(?m)^ok +guest +(\S+) kernel, `).FindSubmatch(out); m != nil {
 			return string(m[1]), nil
 		}

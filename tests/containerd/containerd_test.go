@@ -5,7 +5,6 @@ package containerd
 import (
 	"context"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -15,23 +14,6 @@ import (
 )
 
 const runtimeName = "io.containerd.vmrt.v2"
-
-// binDir is where `make build` puts the binaries.
-func binDir(t testing.TB) string {
-	t.Helper()
-	dir := os.Getenv("VMRT_BIN")
-	if dir == "" {
-		dir = "../../bin"
-	}
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Join(dir, "guest")); err != nil {
-		env.SkipOrFail(t, "needs `make build`: %v", err)
-	}
-	return dir
-}
 
 // start runs a containerd of this branch with the busybox image in it.
 func start(t testing.TB, branch string, tools ...string) *env.Env {
@@ -46,7 +28,7 @@ func startWith(t testing.TB, cfg env.Config) *env.Env {
 	if _, err := platform.QEMU(); err != nil {
 		env.SkipOrFail(t, "%v", err)
 	}
-	cfg.BinDirs, cfg.VMRT = []string{binDir(t)}, platform.Settings("")
+	cfg.BinDirs, cfg.VMRT = []string{env.NeedBuild(t)}, platform.Settings("")
 	e := env.ForTest(t, cfg)
 	img, err := image.Busybox()
 	if err != nil {

@@ -5,14 +5,11 @@ package cri
 import (
 	"context"
 	"encoding/json"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
 )
@@ -49,14 +46,7 @@ func startConfig(t testing.TB, cfg env.Config) *env.Env {
 	t.Helper()
 	env.NeedRoot(t)
 	env.NeedProgram(t, "qemu-system-x86_64", "busybox")
-	root, err := tools.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(root, "bin")
-	if _, err := os.Stat(filepath.Join(bin, "guest")); err != nil {
-		env.SkipOrFail(t, "needs `make build`: %v", err)
-	}
+	bin := env.NeedBuild(t)
 	busybox, err := image.Busybox()
 	if err != nil {
 		t.Fatal(err)

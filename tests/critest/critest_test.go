@@ -63,9 +63,7 @@ func testCRI(t *testing.T, mode string) {
 	bin := filepath.Join(root, "bin")
 	if *runtimeName == "vmrt" {
 		env.NeedProgram(t, "qemu-system-x86_64")
-		if _, err := os.Stat(filepath.Join(bin, "guest")); err != nil {
-			env.SkipOrFail(t, "needs `make build`: %v", err)
-		}
+		bin = env.NeedBuild(t)
 	}
 	ctx := env.Context(t)
 	images, err := criimage.All(ctx)
@@ -76,7 +74,7 @@ func testCRI(t *testing.T, mode string) {
 		BinDirs: []string{bin}, Tools: []string{"critest"},
 		CRI: &env.CRI{Runtime: *runtimeName, Sandboxer: mode, Images: images},
 	})
-	out := filepath.Join(bin, "critest", *runtimeName+"-"+mode)
+	out := filepath.Join(root, "bin", "critest", *runtimeName+"-"+mode)
 	if err := errors.Join(os.RemoveAll(out), os.MkdirAll(out, 0o755)); err != nil {
 		t.Fatal(err)
 	}

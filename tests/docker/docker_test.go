@@ -4,13 +4,10 @@ package docker
 
 import (
 	"context"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env"
 	"github.com/vmrt/vmrt/tests/env/image"
 	"github.com/vmrt/vmrt/tests/platform"
@@ -38,14 +35,7 @@ func start(t *testing.T, version string) docker {
 	if _, err := platform.QEMU(); err != nil {
 		env.SkipOrFail(t, "%v", err)
 	}
-	root, err := tools.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(root, "bin")
-	if _, err := os.Stat(filepath.Join(bin, "guest")); err != nil {
-		env.SkipOrFail(t, "needs `make build`: %v", err)
-	}
+	bin := env.NeedBuild(t)
 	e := env.ForTest(t, env.Config{
 		BinDirs: []string{bin}, Tools: []string{"runc"}, Docker: version,
 		// Of the networks that a container is connected to.

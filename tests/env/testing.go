@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmrt/vmrt/hack/tools"
 	"github.com/vmrt/vmrt/tests/env/image"
 )
 
@@ -79,6 +80,28 @@ func NeedProgram(t testing.TB, names ...string) {
 			SkipOrFail(t, "needs %s, which is not in PATH", name)
 		}
 	}
+}
+
+// NeedBuild returns the folder of what `make build` makes, or the one that
+// VMRT_BIN names, and skips the test if that is not there.
+func NeedBuild(t testing.TB) string {
+	t.Helper()
+	dir := os.Getenv("VMRT_BIN")
+	if dir == "" {
+		root, err := tools.Root()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir = filepath.Join(root, "bin")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "guest")); err != nil {
+		SkipOrFail(t, "needs `make build`: %v", err)
+	}
+	return dir
 }
 
 // Context returns a context that ends somewhat before the test's deadline, so
