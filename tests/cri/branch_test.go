@@ -1,13 +1,11 @@
 package cri
 
 import (
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/vmrt/vmrt/tests/env"
-	"github.com/vmrt/vmrt/tests/env/image"
 )
 
 // TestLongTermBranch is a pod's life under the containerd that distributions
@@ -53,18 +51,8 @@ func testLongTermBranch(t *testing.T, e *env.Env) {
 	forward()
 
 	// A container ends while containerd is away.
-	host := t.TempDir()
-	ends, err := p.Run(ctx, "ends", image.BusyboxName, env.Object{
-		"command": []string{"sh", "-c", "while [ ! -e /host/go ]; do sleep 0.1; done; exit 5"},
-		"mounts":  []env.Object{{"container_path": "/host", "host_path": host}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(host, "go"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	restart(t, e)
+	ends, end := p.runUntil("ends", 5)
+	restartAfter(t, e, end)
 	if c := p.awaitExit(ends); c.Status.ExitCode != 5 {
 		t.Errorf("exit code = %d; want 5", c.Status.ExitCode)
 	}

@@ -22,14 +22,7 @@ func TestContainerdRestarts(t *testing.T) {
 		ctx := env.Context(t)
 		p := runPod(t, e, "pod", nil)
 		stays := p.run("stays", "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.2; done")
-		host := t.TempDir()
-		ends, err := p.Run(ctx, "ends", image.BusyboxName, env.Object{
-			"command": []string{"sh", "-c", "while [ ! -e /host/go ]; do sleep 0.1; done; exit 5"},
-			"mounts":  []env.Object{{"container_path": "/host", "host_path": host}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		ends, end := p.runUntil("ends", 5)
 
 		lost := runPod(t, e, "lost", nil)
 		cut := lost.run("cut", "sleep 1000")
@@ -40,12 +33,9 @@ func TestContainerdRestarts(t *testing.T) {
 		if err := exec.Start(); err != nil {
 			t.Fatal(err)
 		}
-		ending, vm := p.pid(ends), findVM(t, lost.ID)
+		vm := findVM(t, lost.ID)
 		restartAfter(t, e, func() error {
-			return errors.Join(
-				os.WriteFile(filepath.Join(host, "go"), nil, 0o644), syscall.Kill(vm, syscall.SIGKILL),
-				awaitGone(e.Path(fmt.Sprintf("/proc/%d", ending))), awaitGone(fmt.Sprintf("/proc/%d", vm)),
-			)
+			return errors.Join(syscall.Kill(vm, syscall.SIGKILL), end(), awaitGone(fmt.Sprintf("/proc/%d", vm)))
 		})
 		if err := exec.Wait(); err == nil {
 			t.Error("crictl exec lives through the end of its server")
@@ -71,6 +61,24 @@ func TestContainerdRestarts(t *testing.T) {
 		}
 		checkLines(t, filepath.Join(p.LogDir, "stays.log"), 0)
 	})
+}
+
+// runUntil runs a container that exits with status once end is called, which
+// returns when it has, and does not need containerd.
+func (p *pod) runUntil(name string, status int) (id string, end func() error) {
+	p.t.Helper()
+	host := p.t.TempDir()
+	id, err := p.Pod.Run(p.ctx, name, image.BusyboxName, env.Object{
+		"command": []string{"sh", "-c", fmt.Sprintf("while [ ! -e /host/go ]; do sleep 0.1; done; exit %d", status)},
+		"mounts":  []env.Object{{"container_path": "/host", "host_path": host}},
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	proc := p.e.Path(fmt.Sprintf("/proc/%d", p.pid(id)))
+	return id, func() error {
+		return errors.Join(os.WriteFile(filepath.Join(host, "go"), nil, 0o644), awaitGone(proc))
+	}
 }
 
 // pid returns the process that stands for a container, in the environment.
