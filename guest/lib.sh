@@ -44,6 +44,19 @@ newest() {
 	printf '%s' "$last"
 }
 
+# have_fetched PREFIX NAME: sets have to the newest folder whose name begins with
+# PREFIX. Where there is none, or VMRT_UPDATE=1 asks for a newer one, the function
+# fetch makes it, in a shell of its own, which keeps its apt configuration. Not to
+# be called where bash ignores errors, as in $(…).
+have_fetched() {
+	have=$(newest "$1"*)
+	if [[ -z $have || ${VMRT_UPDATE:-} ]]; then
+		lock "$2"
+		(fetch)
+		have=$(newest "$1"*)
+	fi
+}
+
 # need PACKAGE...: installs the Debian packages that are missing.
 need() {
 	local p missing=()

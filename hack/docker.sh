@@ -5,21 +5,9 @@
 # installed, so that no service starts. VMRT_UPDATE=1 looks for a newer version.
 . "$(dirname "$0")/../guest/lib.sh"
 
-# Part of the folder's name: raise it when main changes its meaning.
+# Part of the folder's name: raise it when fetch changes its meaning.
 RECIPE=1
 PACKAGES=(docker.io docker-cli)
-
-main() {
-	local have
-	have=$(newest "$CACHE/docker-$RECIPE-"*)
-	if [[ -z $have || ${VMRT_UPDATE:-} ]]; then
-		lock "Docker"
-		# In a shell of its own, which keeps its apt configuration.
-		(fetch)
-		have=$(newest "$CACHE/docker-$RECIPE-"*)
-	fi
-	echo "$have"
-}
 
 # fetch makes the folder for the newest version.
 fetch() {
@@ -47,4 +35,5 @@ fetch() {
 
 download() { (cd "$1" && apt-get download -q "${PACKAGES[@]}" >&2); }
 
-main
+have_fetched "$CACHE/docker-$RECIPE-" Docker
+echo "$have"

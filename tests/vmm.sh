@@ -25,13 +25,7 @@ at=/mnt/$RELEASE
 
 main() {
 	local have
-	have=$(newest "$CACHE/vmm-$RELEASE-$RECIPE-"*)
-	if [[ -z $have || ${VMRT_UPDATE:-} ]]; then
-		lock "QEMU of $RELEASE"
-		# In a shell of its own, which keeps its apt configuration.
-		(fetch)
-		have=$(newest "$CACHE/vmm-$RELEASE-$RECIPE-"*)
-	fi
+	have_fetched "$CACHE/vmm-$RELEASE-$RECIPE-" "QEMU of $RELEASE"
 	if (($#)); then
 		VMRT_QEMU=$at/$qemu VMRT_VIRTIOFSD=$at/$virtiofsd mounted "$have" "$@"
 	else
