@@ -24,20 +24,32 @@ import (
 // patience bounds what a test waits for; nothing waits that long when it works.
 const patience = 20 * time.Second
 
+// listenBoth listens at a port of loopback that is free for both.
+func listenBoth(t *testing.T) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for attempt := 1; ; attempt++ {
+		udp, err := net.ListenPacket("udp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		tcp, err := net.Listen("tcp4", udp.LocalAddr().String())
+		if err == nil {
+			t.Cleanup(func() { udp.Close() })
+			t.Cleanup(func() { tcp.Close() })
+			return udp, tcp
+		}
+		udp.Close() // by TCP the port is somebody else's
+		if attempt == 100 {
+			t.Fatal(err)
+		}
+	}
+}
+
 // resolver answers what it is asked with the same in upper case, by UDP and
 // TCP, as a name server of the host.
 func resolver(t *testing.T) netip.AddrPort {
 	t.Helper()
-	udp, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { udp.Close() })
-	tcp, err := net.Listen("tcp4", udp.LocalAddr().String())
-	if err != nil {
-		t.Skip(err) // the port is somebody else's
-	}
-	t.Cleanup(func() { tcp.Close() })
+	udp, tcp := listenBoth(t)
 	go func() {
 		b := make([]byte, api.MaxDatagram)
 		for {
