@@ -139,11 +139,13 @@ func TestServe(t *testing.T) {
 			}
 			c.SetDeadline(time.Now().Add(patience))
 			io.WriteString(c, question)
+			least := 1 // a datagram comes whole
 			if tcp, ok := c.(*net.TCPConn); ok {
 				tcp.CloseWrite()
+				least = len(question)
 			}
 			b := make([]byte, api.MaxDatagram)
-			n, err := io.ReadAtLeast(c, b, 1)
+			n, err := io.ReadAtLeast(c, b, least)
 			if want := bytes.ToUpper([]byte(question)); !bytes.Equal(b[:n], want) {
 				t.Errorf("%s: answer of %d bytes, %v; want %d in upper case", network, n, err, len(want))
 			}
