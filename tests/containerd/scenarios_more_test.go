@@ -36,7 +36,8 @@ var nerdctlOptions = []scenario{
 	// with runc as well. TestStdinEndsAtOnce of the conformance suite is about it.
 	{"input", [][]string{{"SH", "seq 3 | nerdctl RUN --rm -i busybox head -n 3"}}},
 	{"stop signal", [][]string{
-		{"RUN", "-d", "--name", "box", "--stop-signal", "USR1", busybox, "sh", "-c", "trap 'echo stopped; exit 4' USR1; while :; do sleep 0.1; done"},
+		{"RUN", "-d", "--name", "box", "--stop-signal", "USR1", busybox, "sh", "-c", "trap 'echo stopped; exit 4' USR1; echo ready; while :; do sleep 0.1; done"},
+		{"UNTIL", "ready\n", "logs", "box"},
 		{"stop", "box"},
 		{"logs", "box"},
 		{"inspect", "-f", "{{.State.ExitCode}}", "box"},
