@@ -40,6 +40,14 @@ const HostPort = 1024
 // CmdlinePort is the kernel command line key for the host's port.
 const CmdlinePort = "vmrt.port"
 
+// CmdlineUIDs and CmdlineGIDs are the kernel command line keys for the ids of
+// the pod's user namespace, in the form of idmap.Format. A pod without one has
+// neither.
+const (
+	CmdlineUIDs = "vmrt.uids"
+	CmdlineGIDs = "vmrt.gids"
+)
+
 // MaxHello bounds the length of an encoded Hello or Welcome.
 const MaxHello = 64 << 10
 
@@ -52,7 +60,7 @@ const (
 	// GuestBundles holds one OCI bundle for each container.
 	GuestBundles = GuestRun + "/bundles"
 	// PodNamespaces holds the namespaces that a pod's containers share, one
-	// file each: ipc, uts, pid.
+	// file each: ipc, uts, pid, user.
 	PodNamespaces = GuestRun + "/pod/ns"
 	// PodShm is the tmpfs that is a pod's /dev/shm.
 	PodShm = GuestRun + "/pod/shm"

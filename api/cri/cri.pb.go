@@ -474,6 +474,8 @@ func (x *NamespaceOption) GetUsernsOptions() *UserNamespace {
 type UserNamespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mode          NamespaceMode          `protobuf:"varint,1,opt,name=mode,proto3,enum=vmrt.cri.v1.NamespaceMode" json:"mode,omitempty"`
+	Uids          []*IDMapping           `protobuf:"bytes,2,rep,name=uids,proto3" json:"uids,omitempty"`
+	Gids          []*IDMapping           `protobuf:"bytes,3,rep,name=gids,proto3" json:"gids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -515,6 +517,80 @@ func (x *UserNamespace) GetMode() NamespaceMode {
 	return NamespaceMode_POD
 }
 
+func (x *UserNamespace) GetUids() []*IDMapping {
+	if x != nil {
+		return x.Uids
+	}
+	return nil
+}
+
+func (x *UserNamespace) GetGids() []*IDMapping {
+	if x != nil {
+		return x.Gids
+	}
+	return nil
+}
+
+type IDMapping struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HostId        uint32                 `protobuf:"varint,1,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
+	ContainerId   uint32                 `protobuf:"varint,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Length        uint32                 `protobuf:"varint,3,opt,name=length,proto3" json:"length,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDMapping) Reset() {
+	*x = IDMapping{}
+	mi := &file_cri_cri_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDMapping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDMapping) ProtoMessage() {}
+
+func (x *IDMapping) ProtoReflect() protoreflect.Message {
+	mi := &file_cri_cri_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
+func (*IDMapping) Descriptor() ([]byte, []int) {
+	return file_cri_cri_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *IDMapping) GetHostId() uint32 {
+	if x != nil {
+		return x.HostId
+	}
+	return 0
+}
+
+func (x *IDMapping) GetContainerId() uint32 {
+	if x != nil {
+		return x.ContainerId
+	}
+	return 0
+}
+
+func (x *IDMapping) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
 type LinuxContainerResources struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// cpu_period and cpu_quota are in microseconds.
@@ -528,7 +604,7 @@ type LinuxContainerResources struct {
 
 func (x *LinuxContainerResources) Reset() {
 	*x = LinuxContainerResources{}
-	mi := &file_cri_cri_proto_msgTypes[7]
+	mi := &file_cri_cri_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +616,7 @@ func (x *LinuxContainerResources) String() string {
 func (*LinuxContainerResources) ProtoMessage() {}
 
 func (x *LinuxContainerResources) ProtoReflect() protoreflect.Message {
-	mi := &file_cri_cri_proto_msgTypes[7]
+	mi := &file_cri_cri_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +629,7 @@ func (x *LinuxContainerResources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinuxContainerResources.ProtoReflect.Descriptor instead.
 func (*LinuxContainerResources) Descriptor() ([]byte, []int) {
-	return file_cri_cri_proto_rawDescGZIP(), []int{7}
+	return file_cri_cri_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LinuxContainerResources) GetCpuPeriod() int64 {
@@ -623,9 +699,15 @@ const file_cri_cri_proto_rawDesc = "" +
 	"\anetwork\x18\x01 \x01(\x0e2\x1a.vmrt.cri.v1.NamespaceModeR\anetwork\x12,\n" +
 	"\x03pid\x18\x02 \x01(\x0e2\x1a.vmrt.cri.v1.NamespaceModeR\x03pid\x12,\n" +
 	"\x03ipc\x18\x03 \x01(\x0e2\x1a.vmrt.cri.v1.NamespaceModeR\x03ipc\x12A\n" +
-	"\x0euserns_options\x18\x05 \x01(\v2\x1a.vmrt.cri.v1.UserNamespaceR\rusernsOptions\"?\n" +
+	"\x0euserns_options\x18\x05 \x01(\v2\x1a.vmrt.cri.v1.UserNamespaceR\rusernsOptions\"\x97\x01\n" +
 	"\rUserNamespace\x12.\n" +
-	"\x04mode\x18\x01 \x01(\x0e2\x1a.vmrt.cri.v1.NamespaceModeR\x04mode\"\xa7\x01\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1a.vmrt.cri.v1.NamespaceModeR\x04mode\x12*\n" +
+	"\x04uids\x18\x02 \x03(\v2\x16.vmrt.cri.v1.IDMappingR\x04uids\x12*\n" +
+	"\x04gids\x18\x03 \x03(\v2\x16.vmrt.cri.v1.IDMappingR\x04gids\"_\n" +
+	"\tIDMapping\x12\x17\n" +
+	"\ahost_id\x18\x01 \x01(\rR\x06hostId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\rR\vcontainerId\x12\x16\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\xa7\x01\n" +
 	"\x17LinuxContainerResources\x12\x1d\n" +
 	"\n" +
 	"cpu_period\x18\x01 \x01(\x03R\tcpuPeriod\x12\x1b\n" +
@@ -653,7 +735,7 @@ func file_cri_cri_proto_rawDescGZIP() []byte {
 }
 
 var file_cri_cri_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cri_cri_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_cri_cri_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_cri_cri_proto_goTypes = []any{
 	(NamespaceMode)(0),                  // 0: vmrt.cri.v1.NamespaceMode
 	(*PodSandboxConfig)(nil),            // 1: vmrt.cri.v1.PodSandboxConfig
@@ -663,30 +745,33 @@ var file_cri_cri_proto_goTypes = []any{
 	(*LinuxSandboxSecurityContext)(nil), // 5: vmrt.cri.v1.LinuxSandboxSecurityContext
 	(*NamespaceOption)(nil),             // 6: vmrt.cri.v1.NamespaceOption
 	(*UserNamespace)(nil),               // 7: vmrt.cri.v1.UserNamespace
-	(*LinuxContainerResources)(nil),     // 8: vmrt.cri.v1.LinuxContainerResources
-	nil,                                 // 9: vmrt.cri.v1.PodSandboxConfig.AnnotationsEntry
-	nil,                                 // 10: vmrt.cri.v1.LinuxPodSandboxConfig.SysctlsEntry
+	(*IDMapping)(nil),                   // 8: vmrt.cri.v1.IDMapping
+	(*LinuxContainerResources)(nil),     // 9: vmrt.cri.v1.LinuxContainerResources
+	nil,                                 // 10: vmrt.cri.v1.PodSandboxConfig.AnnotationsEntry
+	nil,                                 // 11: vmrt.cri.v1.LinuxPodSandboxConfig.SysctlsEntry
 }
 var file_cri_cri_proto_depIdxs = []int32{
 	2,  // 0: vmrt.cri.v1.PodSandboxConfig.metadata:type_name -> vmrt.cri.v1.PodSandboxMetadata
 	3,  // 1: vmrt.cri.v1.PodSandboxConfig.dns_config:type_name -> vmrt.cri.v1.DNSConfig
-	9,  // 2: vmrt.cri.v1.PodSandboxConfig.annotations:type_name -> vmrt.cri.v1.PodSandboxConfig.AnnotationsEntry
+	10, // 2: vmrt.cri.v1.PodSandboxConfig.annotations:type_name -> vmrt.cri.v1.PodSandboxConfig.AnnotationsEntry
 	4,  // 3: vmrt.cri.v1.PodSandboxConfig.linux:type_name -> vmrt.cri.v1.LinuxPodSandboxConfig
 	5,  // 4: vmrt.cri.v1.LinuxPodSandboxConfig.security_context:type_name -> vmrt.cri.v1.LinuxSandboxSecurityContext
-	10, // 5: vmrt.cri.v1.LinuxPodSandboxConfig.sysctls:type_name -> vmrt.cri.v1.LinuxPodSandboxConfig.SysctlsEntry
-	8,  // 6: vmrt.cri.v1.LinuxPodSandboxConfig.overhead:type_name -> vmrt.cri.v1.LinuxContainerResources
-	8,  // 7: vmrt.cri.v1.LinuxPodSandboxConfig.resources:type_name -> vmrt.cri.v1.LinuxContainerResources
+	11, // 5: vmrt.cri.v1.LinuxPodSandboxConfig.sysctls:type_name -> vmrt.cri.v1.LinuxPodSandboxConfig.SysctlsEntry
+	9,  // 6: vmrt.cri.v1.LinuxPodSandboxConfig.overhead:type_name -> vmrt.cri.v1.LinuxContainerResources
+	9,  // 7: vmrt.cri.v1.LinuxPodSandboxConfig.resources:type_name -> vmrt.cri.v1.LinuxContainerResources
 	6,  // 8: vmrt.cri.v1.LinuxSandboxSecurityContext.namespace_options:type_name -> vmrt.cri.v1.NamespaceOption
 	0,  // 9: vmrt.cri.v1.NamespaceOption.network:type_name -> vmrt.cri.v1.NamespaceMode
 	0,  // 10: vmrt.cri.v1.NamespaceOption.pid:type_name -> vmrt.cri.v1.NamespaceMode
 	0,  // 11: vmrt.cri.v1.NamespaceOption.ipc:type_name -> vmrt.cri.v1.NamespaceMode
 	7,  // 12: vmrt.cri.v1.NamespaceOption.userns_options:type_name -> vmrt.cri.v1.UserNamespace
 	0,  // 13: vmrt.cri.v1.UserNamespace.mode:type_name -> vmrt.cri.v1.NamespaceMode
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	8,  // 14: vmrt.cri.v1.UserNamespace.uids:type_name -> vmrt.cri.v1.IDMapping
+	8,  // 15: vmrt.cri.v1.UserNamespace.gids:type_name -> vmrt.cri.v1.IDMapping
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_cri_cri_proto_init() }
@@ -700,7 +785,7 @@ func file_cri_cri_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cri_cri_proto_rawDesc), len(file_cri_cri_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -38,7 +38,9 @@ import (
 	"github.com/vmrt/vmrt/pkg/agent/pod"
 	"github.com/vmrt/vmrt/pkg/agent/stdio"
 	guesttask "github.com/vmrt/vmrt/pkg/agent/task"
+	"github.com/vmrt/vmrt/pkg/agent/userns"
 	"github.com/vmrt/vmrt/pkg/dial"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // The collector runs often rather than letting the heap of an idle pod's
@@ -60,12 +62,21 @@ const fifos = api.GuestRun + "/io"
 func Run(version string) error {
 	var phases boot.Phases
 	phases.Mark("start")
-	if err := boot.Early(&phases); err != nil {
-		return fmt.Errorf("boot: %w", err)
+	podInit, err := userns.Init()
+	if err != nil {
+		return err
+	}
+	if podInit == nil {
+		if err := boot.Early(&phases); err != nil {
+			return fmt.Errorf("boot: %w", err)
+		}
 	}
 	cmdline, err := boot.ReadCmdline()
 	if err != nil {
 		return fmt.Errorf("boot: %w", err)
+	}
+	if podInit == nil && !cmdline.IDs.IsZero() {
+		return userns.Enter(cmdline.IDs) // which begins anew
 	}
 	listening, err := listen(api.PortRPC, api.PortStream, api.PortDial)
 	if err != nil {
@@ -92,7 +103,7 @@ func Run(version string) error {
 	setLogLevel(cmdline.Debug)
 	reaped := reap()
 	booted := make(chan struct{})
-	a, err := newAgent(cmdline.Port, booted, func() { halt.PowerOff(reaped) })
+	a, err := newAgent(cmdline.Port, cmdline.IDs, podInit, booted, func() { halt.PowerOff(reaped) })
 	if err != nil {
 		return err
 	}
@@ -164,8 +175,9 @@ type agent struct {
 	dials   *dial.Server
 }
 
-// newAgent starts the task service. hostPort is where the host listens. Containers are created after booted.
-func newAgent(hostPort uint32, booted <-chan struct{}, powerOff func()) (*agent, error) {
+// newAgent starts the task service. hostPort is where the host listens, ids and
+// podInit are for pod.New. Containers are created after booted.
+func newAgent(hostPort uint32, ids idmap.Mapping, podInit *os.Process, booted <-chan struct{}, powerOff func()) (*agent, error) {
 	if err := os.MkdirAll(fifos, 0o700); err != nil {
 		return nil, err
 	}
@@ -178,14 +190,15 @@ func newAgent(hostPort uint32, booted <-chan struct{}, powerOff func()) (*agent,
 		return nil, fmt.Errorf("task service: %w", err)
 	}
 	wrapped = guesttask.New(inner, streams, fifos)
-	runc.Monitor = guesttask.NewMonitor(reaper.Default, wrapped)
+	uid, gid := ids.Root()
+	runc.Monitor = guesttask.NewMonitor(reaper.Default, wrapped, uid, gid)
 	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(recoverPanic, createAfter(booted)))
 	if err != nil {
 		return nil, err
 	}
 	taskapi.RegisterTTRPCTaskService(server, wrapped)
 	api.RegisterAgentService(server, &service{
-		events: queue, pod: pod.New(), powerOff: powerOff, hostPort: hostPort, names: newNames(hostPort), booted: booted,
+		events: queue, pod: pod.New(ids, podInit), powerOff: powerOff, hostPort: hostPort, names: newNames(hostPort), booted: booted,
 	})
 	return &agent{rpc: server, streams: streams, dials: dial.NewServer(dial.Limits())}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"os"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // Serve serves what PID 1 serves, on other sockets. For tests that stand in
@@ -16,7 +17,7 @@ func Serve(rpc, streams, dials net.Listener, powerOff func()) error {
 	}
 	booted := make(chan struct{})
 	close(booted)
-	a, err := newAgent(0, booted, powerOff)
+	a, err := newAgent(0, idmap.Mapping{}, nil, booted, powerOff)
 	if err != nil {
 		return err
 	}

@@ -6,10 +6,6 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// ErrUserNamespace is returned for a container in a user namespace. It is of
-// kind errdefs.ErrNotImplemented.
-var ErrUserNamespace = errdefs.ErrNotImplemented.WithMessage("user namespaces are not available in a virtual machine")
-
 // invalid returns an error about malformed input.
 func invalid(format string, args ...any) error {
 	return errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf(format, args...))

@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // Input is what Rewrite starts from. Rewrite keeps no reference to it.
@@ -31,6 +32,8 @@ type Input struct {
 	// PodMounts maps the source of a bind mount on the host to the guest's
 	// path of what stands for it. Empty outside pods.
 	PodMounts map[string]string
+	// IDs are those of the virtual machine's user namespace; zero for none.
+	IDs idmap.Mapping
 }
 
 // Plan is what Rewrite returns: the guest's spec and what the host has to do
@@ -71,6 +74,11 @@ type Bind struct {
 	RecursiveReadOnly bool
 	// Slave: mounts that the host makes below Source later are seen too.
 	Slave bool
+	// IDs are to be mapped: an owner of a file of Source, by its id in the
+	// namespace, is seen as the one outside. Zero: the owners as they are.
+	IDs idmap.Mapping
+	// RecursiveIDs: on the mounts below Source too.
+	RecursiveIDs bool
 	// Options are the mount's options as the spec has them.
 	Options []string
 }
@@ -122,6 +130,7 @@ func Rewrite(in Input) (*Plan, error) {
 	}
 	plan.NetNS, plan.HostNetwork = networkNamespace(src.Linux.Namespaces)
 	m := mounter{bundle: in.Bundle, id: in.ID, devices: in.GuestDevices, pod: in.PodMounts, report: &rep}
+	m.ids = idmap.Mapping{UIDs: src.Linux.UIDMappings, GIDs: src.Linux.GIDMappings}
 	if plan.Spec.Mounts, err = m.rewrite(src.Mounts); err != nil {
 		return nil, err
 	}
@@ -135,13 +144,16 @@ func Rewrite(in Input) (*Plan, error) {
 }
 
 // Check finds what Rewrite would refuse without knowing the guest, so that it
-// is told before anything is started or any hook has run. in.GuestDevices and
-// in.PodNamespaces are not looked at. Nil does not mean that Rewrite succeeds.
+// is told before anything is started or any hook has run. in.GuestDevices,
+// in.PodNamespaces and in.IDs are not looked at. Nil does not mean that Rewrite succeeds.
 func Check(in Input) error {
 	if err := checkInput(in); err != nil {
 		return err
 	}
 	if err := checkLinux(in.Spec.Linux); err != nil {
+		return err
+	}
+	if _, err := IDs(in.Spec.Linux); err != nil {
 		return err
 	}
 	if _, host := networkNamespace(in.Spec.Linux.Namespaces); host {
@@ -185,6 +197,9 @@ func checkInput(in Input) error {
 func rewriteLinux(in Input, src *specs.Spec, rep *report) (*specs.Linux, error) {
 	l := src.Linux
 	if err := checkLinux(l); err != nil {
+		return nil, err
+	}
+	if err := checkIDs(l, in.IDs); err != nil {
 		return nil, err
 	}
 	out := &specs.Linux{

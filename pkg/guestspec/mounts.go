@@ -9,6 +9,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // sourceless are file systems that need nothing of the host.
@@ -22,6 +23,7 @@ type mounter struct {
 	bundle, id string
 	devices    []*api.Device
 	pod        map[string]string
+	ids        idmap.Mapping // of the container's user namespace
 	binds      []Bind
 	*report
 }
@@ -91,6 +93,9 @@ func (m *mounter) bind(i int, mnt specs.Mount, opts options) (specs.Mount, error
 		return mnt, nil
 	}
 	if ofGuest(mnt.Source) {
+		if !opts.ids.IsZero() {
+			return mnt, unsupported("mount %s at %s: the virtual machine's own files cannot be id-mapped", mnt.Source, mnt.Destination)
+		}
 		if !m.inGuest(mnt.Source) {
 			return mnt, unsupported("mount %s at %s: not present in the virtual machine", mnt.Source, mnt.Destination)
 		}
@@ -109,6 +114,8 @@ func (m *mounter) bind(i int, mnt specs.Mount, opts options) (specs.Mount, error
 		Recursive:         opts.recursive,
 		RecursiveReadOnly: opts.recursiveReadOnly,
 		Slave:             opts.slave,
+		IDs:               opts.ids,
+		RecursiveIDs:      opts.recursiveIDs,
 		Options:           opts.spec,
 	})
 	mnt.Source = SharePath(m.id, len(m.binds)-1)

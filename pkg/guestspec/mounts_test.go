@@ -2,11 +2,14 @@ package guestspec
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 func TestMounts(t *testing.T) {
@@ -121,6 +124,41 @@ func TestMounts(t *testing.T) {
 	}
 }
 
+func TestIDMappedMounts(t *testing.T) {
+	own, other := extents("0:1000:65536"), extents("0:5000:1")
+	s := ctrSpec(t)
+	setIDs(s, "", "0:1000:65536")
+	for _, m := range []specs.Mount{
+		{Options: []string{"rbind"}},
+		{Options: []string{"rbind", "idmap"}},
+		{Options: []string{"rbind", "ridmap"}},
+		{Options: []string{"rbind"}, UIDMappings: other, GIDMappings: other},
+		{Options: []string{"ridmap", "rbind"}, UIDMappings: other, GIDMappings: other},
+	} {
+		m.Source, m.Destination = "/srv", "/a"
+		s.Mounts = append(s.Mounts, m)
+	}
+	in := input(s)
+	in.IDs = idmap.Mapping{UIDs: own, GIDs: own}
+	plan, err := Rewrite(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := plan.Binds[len(plan.Binds)-5:]
+	for i, want := range []struct {
+		ids       []specs.LinuxIDMapping
+		recursive bool
+	}{{nil, false}, {own, false}, {own, true}, {other, false}, {other, true}} {
+		b := ours[i]
+		if !slices.Equal(b.IDs.UIDs, want.ids) || !slices.Equal(b.IDs.GIDs, want.ids) || b.RecursiveIDs != want.recursive {
+			t.Errorf("bind %d maps %v, recursively %v; want %v, %v", i, b.IDs, b.RecursiveIDs, want.ids, want.recursive)
+		}
+		if m := plan.Spec.Mounts[b.Mount]; m.UIDMappings != nil || slices.Contains(m.Options, "idmap") || slices.Contains(m.Options, "ridmap") {
+			t.Errorf("mount %d of the guest is to be id-mapped once more: %+v", i, m)
+		}
+	}
+}
+
 func TestMountErrors(t *testing.T) {
 	mapping := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
 	bind := func(source string, options ...string) specs.Mount {
@@ -148,12 +186,14 @@ func TestMountErrors(t *testing.T) {
 			"mount /srv at /a: option rshared: mounts made in a virtual machine cannot propagate to the host"},
 		{"shared", bind("/srv", "shared"), errdefs.ErrNotImplemented,
 			"mount /srv at /a: option shared: mounts made in a virtual machine cannot propagate to the host"},
-		{"idmap", bind("/srv", "idmap"), errdefs.ErrNotImplemented,
-			"mount /srv at /a: option idmap: id-mapped mounts are not available in a virtual machine"},
-		{"ridmap", bind("/srv", "ridmap"), errdefs.ErrNotImplemented,
-			"mount /srv at /a: option ridmap: id-mapped mounts are not available in a virtual machine"},
-		{"mappings", specs.Mount{Destination: "/a", Type: "bind", Source: "/srv", Options: []string{"bind"}, UIDMappings: mapping},
-			errdefs.ErrNotImplemented, "mount /srv at /a: id-mapped mounts are not available in a virtual machine"},
+		{"idmap without ids", bind("/srv", "idmap"), errdefs.ErrInvalidArgument,
+			"mount /srv at /a: id-mapped mounts must have both uid and gid mappings specified"},
+		{"uids alone", specs.Mount{Destination: "/a", Type: "bind", Source: "/srv", Options: []string{"bind"}, UIDMappings: mapping},
+			errdefs.ErrInvalidArgument, "mount /srv at /a: id-mapped mounts must have both uid and gid mappings specified"},
+		{"id-mapped tmpfs", specs.Mount{Destination: "/a", Type: "tmpfs", Source: "tmpfs", UIDMappings: mapping, GIDMappings: mapping},
+			errdefs.ErrInvalidArgument, "mount tmpfs at /a: id-mapped mounts are only supported for bind-mounts"},
+		{"id-mapped file of the guest", specs.Mount{Destination: "/a", Type: "bind", Source: "/proc/meminfo", UIDMappings: mapping, GIDMappings: mapping},
+			errdefs.ErrNotImplemented, "mount /proc/meminfo at /a: the virtual machine's own files cannot be id-mapped"},
 		{"nosymfollow", bind("/srv", "nosymfollow"), errdefs.ErrNotImplemented,
 			"mount /srv at /a: option nosymfollow: not available in a virtual machine"},
 		{"file system's option", bind("/srv", "size=1g", "uid=0"), errdefs.ErrInvalidArgument,

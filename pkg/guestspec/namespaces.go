@@ -1,12 +1,14 @@
 package guestspec
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // guestNetNS is the virtual machine's first network namespace. The path, in
@@ -49,7 +51,8 @@ func rewriteNamespace(ns specs.LinuxNamespace, pod map[string]string) (specs.Lin
 	case specs.NetworkNamespace:
 		return specs.LinuxNamespace{Type: ns.Type, Path: guestNetNS}, nil
 	case specs.UserNamespace:
-		return ns, fmt.Errorf("user namespace: %w", ErrUserNamespace)
+		// IDs has checked that it is the pod's, whatever its path.
+		return specs.LinuxNamespace{Type: ns.Type, Path: api.PodNamespaces + "/user"}, nil
 	case specs.MountNamespace, specs.PIDNamespace, specs.IPCNamespace, specs.UTSNamespace,
 		specs.CgroupNamespace, specs.TimeNamespace:
 	default:
@@ -60,9 +63,51 @@ func rewriteNamespace(ns specs.LinuxNamespace, pod map[string]string) (specs.Lin
 	}
 	guest, ok := pod[ns.Path]
 	if !ok || ns.Type == specs.MountNamespace {
-		return ns, unsupported("%s namespace %s: a namespace outside the virtual machine cannot be joined", ns.Type, ns.Path)
+		return ns, outside(ns)
 	}
 	return specs.LinuxNamespace{Type: ns.Type, Path: guest}, nil
+}
+
+// IDs returns the ids of the container's user namespace; zero if it has none.
+// The words of its errors are runc's. A namespace that has a path comes with
+// its ids too (containerd, CRI-O), and is known by them: its process is none of
+// the virtual machine's.
+func IDs(l *specs.Linux) (idmap.Mapping, error) {
+	ids := idmap.Mapping{UIDs: l.UIDMappings, GIDs: l.GIDMappings}
+	i := slices.IndexFunc(l.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace })
+	switch {
+	case i < 0 && ids.IsZero():
+		return ids, nil
+	case i < 0:
+		return ids, invalid("user namespace mappings specified, but user namespace isn't enabled in the config")
+	case ids.IsZero() && l.Namespaces[i].Path == "":
+		return ids, invalid("user namespaces enabled, but no namespace path to join nor mappings to apply specified")
+	case ids.IsZero():
+		return ids, outside(l.Namespaces[i])
+	}
+	if err := ids.Check(); err != nil {
+		return ids, invalid("%s", err)
+	}
+	return ids, nil
+}
+
+// checkIDs returns an error if the container's user namespace is another than
+// that of its virtual machine.
+func checkIDs(l *specs.Linux, pod idmap.Mapping) error {
+	ids, err := IDs(l)
+	if err != nil || ids.IsZero() || ids.Equal(pod) {
+		return err
+	}
+	if pod.IsZero() {
+		return unsupported("user namespace: the first container of the virtual machine must have it")
+	}
+	return unsupported("user namespace of uids %s and gids %s: that of the virtual machine has %s and %s",
+		idmap.Format(ids.UIDs), idmap.Format(ids.GIDs), idmap.Format(pod.UIDs), idmap.Format(pod.GIDs))
+}
+
+// outside is the error for a namespace of a process on the host.
+func outside(ns specs.LinuxNamespace) error {
+	return unsupported("%s namespace %s: a namespace outside the virtual machine cannot be joined", ns.Type, ns.Path)
 }
 
 // checkNamespaces finds what needs a namespace that is not there. Its order
@@ -72,8 +117,6 @@ func checkNamespaces(s *specs.Spec, has map[specs.LinuxNamespaceType]bool) error
 	switch {
 	case !has[specs.MountNamespace]:
 		return invalid("mount namespace: a container in a virtual machine needs one of its own")
-	case len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0:
-		return fmt.Errorf("uid and gid mappings: %w", ErrUserNamespace)
 	case s.Hostname != "" && !has[specs.UTSNamespace]:
 		return invalid("unable to set hostname without a private UTS namespace")
 	case s.Domainname != "" && !has[specs.UTSNamespace]:

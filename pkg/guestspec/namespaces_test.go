@@ -1,11 +1,15 @@
 package guestspec
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // setNamespace replaces, adds or, with a nil path, removes a namespace.
@@ -92,12 +96,19 @@ func TestNamespaceErrors(t *testing.T) {
 		{"cgroup by path", byPath("cgroup"), errdefs.ErrNotImplemented, "cgroup" + outside},
 		{"time by path", byPath("time"), errdefs.ErrNotImplemented, "time" + outside},
 		{"mount by path", byPath("mount"), errdefs.ErrNotImplemented, "mount" + outside},
-		{"user by path", byPath("user"), ErrUserNamespace,
-			"user namespace: user namespaces are not available in a virtual machine"},
-		{"new user", func(s *specs.Spec) { setNamespace(s, "user", ptr("")) }, ErrUserNamespace,
-			"user namespace: user namespaces are not available in a virtual machine"},
-		{"mappings alone", func(s *specs.Spec) { s.Linux.UIDMappings = []specs.LinuxIDMapping{{Size: 1}} }, ErrUserNamespace,
-			"uid and gid mappings: user namespaces are not available in a virtual machine"},
+		{"user by path alone", byPath("user"), errdefs.ErrNotImplemented, "user" + outside},
+		{"user without ids", func(s *specs.Spec) { setNamespace(s, "user", ptr("")) }, errdefs.ErrInvalidArgument,
+			"user namespaces enabled, but no namespace path to join nor mappings to apply specified"},
+		{"user without gids", func(s *specs.Spec) {
+			setNamespace(s, "user", ptr(""))
+			s.Linux.UIDMappings = extents("0:1000:10")
+		}, errdefs.ErrInvalidArgument, "user namespaces enabled, but no gid mappings found"},
+		{"user without a root", func(s *specs.Spec) { setIDs(s, "", "1:1000:10") }, errdefs.ErrInvalidArgument,
+			"container uid 0 is not mapped"},
+		{"ids alone", func(s *specs.Spec) { s.Linux.UIDMappings = extents("0:1000:10") }, errdefs.ErrInvalidArgument,
+			"user namespace mappings specified, but user namespace isn't enabled in the config"},
+		{"user that the machine has not", func(s *specs.Spec) { setIDs(s, "", "0:1000:10") }, errdefs.ErrNotImplemented,
+			"user namespace: the first container of the virtual machine must have it"},
 		{"no mount", func(s *specs.Spec) { setNamespace(s, "mount", nil) }, errdefs.ErrInvalidArgument,
 			"mount namespace: a container in a virtual machine needs one of its own"},
 		{"twice", func(s *specs.Spec) {
@@ -121,8 +132,49 @@ func TestNamespaceErrors(t *testing.T) {
 			checkError(t, plan, err, tt.kind, tt.want)
 		})
 	}
-	if !errdefs.IsNotImplemented(ErrUserNamespace) {
-		t.Errorf("%v is not of kind not implemented", ErrUserNamespace)
+}
+
+func extents(text string) []specs.LinuxIDMapping {
+	list, err := idmap.Parse(text)
+	if err != nil {
+		panic(err)
+	}
+	return list
+}
+
+// setIDs gives the spec a user namespace.
+func setIDs(s *specs.Spec, path, ids string) {
+	setNamespace(s, "user", &path)
+	s.Linux.UIDMappings, s.Linux.GIDMappings = extents(ids), extents(ids)
+}
+
+// TestUserNamespace: whatever its path, it is the virtual machine's, and its
+// ids are not repeated.
+func TestUserNamespace(t *testing.T) {
+	const ids = "0:1000:65536"
+	for _, path := range []string{"", "/run/pinned/user", "/proc/42/ns/user"} {
+		s := ctrSpec(t)
+		setIDs(s, path, ids)
+		in := input(s)
+		in.IDs = idmap.Mapping{UIDs: extents(ids), GIDs: extents(ids)}
+		plan, err := Rewrite(in)
+		if err != nil {
+			t.Fatalf("path %q: %v", path, err)
+		}
+		want := specs.LinuxNamespace{Type: "user", Path: api.PodNamespaces + "/user"}
+		if l := plan.Spec.Linux; !slices.Contains(l.Namespaces, want) || len(l.UIDMappings)+len(l.GIDMappings) > 0 {
+			t.Errorf("path %q: guest has namespaces %v and ids %v %v; want %v and none", path, l.Namespaces, l.UIDMappings, l.GIDMappings, want)
+		}
+		in.IDs.GIDs = extents("0:2000:65536")
+		_, err = Rewrite(in)
+		checkError(t, nil, err, errdefs.ErrNotImplemented, "user namespace of uids 0:1000:65536 and gids 0:1000:65536: "+
+			"that of the virtual machine has 0:1000:65536 and 0:2000:65536")
+	}
+	// A neighbour that has none.
+	in := input(ctrSpec(t))
+	in.IDs = idmap.Mapping{UIDs: extents(ids), GIDs: extents(ids)}
+	if _, err := Rewrite(in); err != nil {
+		t.Errorf("container without a user namespace in a machine that has one: %v", err)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // options are a mount's options, read as runc's parseMountOptions does: of
@@ -19,6 +21,9 @@ type options struct {
 	slave                       bool
 	// shared is the option that asks for shared propagation.
 	shared string
+	// ids are to be mapped, recursively or not.
+	ids          idmap.Mapping
+	recursiveIDs bool
 }
 
 // flagOptions are the options that OCI runtimes take themselves, in place of
@@ -43,7 +48,7 @@ var inertOptions = []string{
 // MountOptions lists the options that Rewrite accepts and that have the effect
 // that they have with runc, for the runtime's OCI features.
 func MountOptions() []string {
-	var all []string
+	all := []string{"idmap", "ridmap"}
 	for _, o := range flagOptions {
 		if o != "shared" && o != "rshared" { // not towards the host
 			all = append(all, o)
@@ -54,8 +59,6 @@ func MountOptions() []string {
 
 // refusedOptions change what a container may do or sees, and cannot be had.
 var refusedOptions = map[string]string{
-	"idmap":        "id-mapped mounts are not available in a virtual machine",
-	"ridmap":       "id-mapped mounts are not available in a virtual machine",
 	"nosymfollow":  "not available in a virtual machine",
 	"rnosymfollow": "not available in a virtual machine",
 	"remount":      "not available in a virtual machine",
@@ -63,13 +66,14 @@ var refusedOptions = map[string]string{
 
 func (m *mounter) parseOptions(mnt specs.Mount) (options, error) {
 	o := options{spec: mnt.Options}
-	if len(mnt.UIDMappings) > 0 || len(mnt.GIDMappings) > 0 {
-		return o, unsupported("mount %s at %s: %s", mnt.Source, mnt.Destination, refusedOptions["idmap"])
-	}
+	mapped := len(mnt.UIDMappings) > 0 || len(mnt.GIDMappings) > 0
 	for _, opt := range mnt.Options {
 		switch {
 		case refusedOptions[opt] != "":
 			return o, unsupported("mount %s at %s: option %s: %s", mnt.Source, mnt.Destination, opt, refusedOptions[opt])
+		case opt == "idmap" || opt == "ridmap":
+			mapped, o.recursiveIDs = true, opt == "ridmap"
+			continue // by the host
 		case slices.Contains(inertOptions, opt):
 			m.note("mount %s at %s: option %s has no effect", mnt.Source, mnt.Destination, opt)
 			continue
@@ -85,7 +89,26 @@ func (m *mounter) parseOptions(mnt specs.Mount) (options, error) {
 		}
 		o.kept = append(o.kept, opt)
 	}
-	return o, nil
+	if !mapped {
+		return o, nil
+	}
+	return o, m.mapIDs(&o, mnt)
+}
+
+// mapIDs sets the ids of an id-mapped mount: its own, or else those of the
+// container's user namespace. The words are runc's (libcontainer/configs/validate).
+func (m *mounter) mapIDs(o *options, mnt specs.Mount) error {
+	o.ids = idmap.Mapping{UIDs: mnt.UIDMappings, GIDs: mnt.GIDMappings}
+	if o.ids.IsZero() {
+		o.ids = m.ids
+	}
+	switch {
+	case !o.bind && mnt.Type != "bind":
+		return invalid("mount %s at %s: id-mapped mounts are only supported for bind-mounts", mnt.Source, mnt.Destination)
+	case len(o.ids.UIDs) == 0 || len(o.ids.GIDs) == 0:
+		return invalid("mount %s at %s: id-mapped mounts must have both uid and gid mappings specified", mnt.Source, mnt.Destination)
+	}
+	return nil
 }
 
 func (o *options) flag(opt string) {

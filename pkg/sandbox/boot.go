@@ -22,6 +22,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
 	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
+	"github.com/vmrt/vmrt/pkg/idmap"
 	"github.com/vmrt/vmrt/pkg/storage"
 	"github.com/vmrt/vmrt/pkg/version"
 	"github.com/vmrt/vmrt/pkg/vsock"
@@ -216,6 +217,9 @@ func (s *Sandbox) cmdline() []string {
 		// The others come online once the guest is ready: not before then
 		// does a kernel bring them up in less time than it takes to boot.
 		args = append(args, "maxcpus=1")
+	}
+	if ids := s.cfg.IDs; !ids.IsZero() {
+		args = append(args, api.CmdlineUIDs+"="+idmap.Format(ids.UIDs), api.CmdlineGIDs+"="+idmap.Format(ids.GIDs))
 	}
 	return args
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/cgroup"
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/idmap"
 	"github.com/vmrt/vmrt/pkg/network"
 	"github.com/vmrt/vmrt/pkg/podns"
 	"github.com/vmrt/vmrt/pkg/portforward"
@@ -63,6 +64,9 @@ type Config struct {
 	SpareNICs int
 	// Pod is what several containers share; nil for a container by itself.
 	Pod *api.OpenPodRequest
+	// IDs are those of the user namespace that the containers may have, which
+	// Check accepts; zero for none.
+	IDs idmap.Mapping
 }
 
 // Sandbox is one pod's host side.

@@ -332,6 +332,7 @@ func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *conta
 	for i, b := range plan.Binds {
 		entry, err := sb.Share().AddBind(c.id, b.Source, storage.BindOptions{
 			Recursive: b.Recursive, ReadOnly: b.ReadOnly, ReadOnlyRecursive: b.RecursiveReadOnly, Slave: b.Slave,
+			IDs: b.IDs, RecursiveIDs: b.RecursiveIDs,
 			Memory: path.Clean(b.Destination) == "/dev/shm",
 		})
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 
 	"github.com/vmrt/vmrt/pkg/guestspec"
+	"github.com/vmrt/vmrt/pkg/storage"
 	"github.com/vmrt/vmrt/pkg/version"
 )
 
@@ -27,24 +28,25 @@ func (manager) Info(ctx context.Context, options io.Reader) (*types.RuntimeInfo,
 }
 
 // ociFeatures says only what works: kubelet and containerd decide by it what
-// they ask for. User namespaces and id-mapped mounts are absent, as the files
-// of a container come by virtio-fs with the owners that they have on the host.
+// they ask for. Id-mapped mounts are the host's, made before their files go to
+// the guest.
 func ociFeatures() *features.Features {
 	yes, no := true, false
+	mapsIDs := storage.MapsIDs()
 	return &features.Features{
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{hookPrestart, hookCreateRuntime, "startContainer", hookPoststart, hookPoststop},
 		MountOptions:  guestspec.MountOptions(),
 		Linux: &features.Linux{
-			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
+			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
 			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &no},
 			Seccomp:    &features.Seccomp{Enabled: &yes},
 			Apparmor:   &features.Apparmor{Enabled: &no},
 			Selinux:    &features.Selinux{Enabled: &no},
 			IntelRdt:   &features.IntelRdt{Enabled: &no},
 			MountExtensions: &features.MountExtensions{
-				IDMap: &features.IDMap{Enabled: &no},
+				IDMap: &features.IDMap{Enabled: &mapsIDs},
 			},
 		},
 	}

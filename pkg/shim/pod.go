@@ -81,7 +81,7 @@ func (s *service) newSandbox(id, bundle string, pod *podConfig, options *anypb.A
 	sb, err := sandbox.New(sandbox.Config{
 		ID: id, Namespace: s.namespace, Bundle: bundle, Containers: containers, Socket: s.socket,
 		Settings: settings, NetNS: pod.netns, HostNetwork: pod.hostNetwork, CgroupsPath: pod.cgroupsPath,
-		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, SpareNICs: pod.spareNICs(settings),
+		MemoryMiB: memory, CPUs: cpus, Pod: pod.open, IDs: pod.ids, SpareNICs: pod.spareNICs(settings),
 	})
 	if err != nil {
 		return err

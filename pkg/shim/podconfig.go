@@ -18,6 +18,7 @@ import (
 	"github.com/vmrt/vmrt/api/cri"
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/guestspec"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // CRI says by this annotation what a container is: the pod itself, or one of
@@ -43,6 +44,8 @@ type podConfig struct {
 	late        bool
 	cgroupsPath string
 	limits      limits
+	// ids are those of the user namespace that the containers have.
+	ids idmap.Mapping
 	// open is what the containers share; nil for a container by itself.
 	open *api.OpenPodRequest
 	// shm is the host path by which specs name the pod's /dev/shm; empty when
@@ -65,6 +68,10 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 		return nil, fmt.Errorf("linux must be specified: %w", errdefs.ErrInvalidArgument)
 	}
 	p.cgroupsPath = spec.Linux.CgroupsPath
+	var err error
+	if p.ids, err = guestspec.IDs(spec.Linux); err != nil {
+		return nil, err
+	}
 	ns := map[specs.LinuxNamespaceType]string{}
 	for _, n := range spec.Linux.Namespaces {
 		ns[n.Type] = n.Path
@@ -84,10 +91,6 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 		}
 		return p, nil
 	}
-	if _, ok := ns[specs.UserNamespace]; ok {
-		return nil, fmt.Errorf("user namespace of the pod: %w", guestspec.ErrUserNamespace)
-	}
-	var err error
 	if p.limits, err = annotatedLimits(spec.Annotations); err != nil {
 		return nil, err
 	}
@@ -137,8 +140,9 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		}
 	}
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	if ns.GetUsernsOptions() != nil && ns.GetUsernsOptions().GetMode() == cri.NamespaceMode_POD {
-		return nil, fmt.Errorf("user namespace of the pod: %w", guestspec.ErrUserNamespace)
+	ids, err := criIDs(ns.GetUsernsOptions())
+	if err != nil {
+		return nil, fmt.Errorf("user namespace of the pod: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	sysctls := cfg.GetLinux().GetSysctls()
 	hostNetwork := ns.GetNetwork() == cri.NamespaceMode_NODE
@@ -155,6 +159,7 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		hostNetwork: hostNetwork,
 		cgroupsPath: criCgroup(cfg.GetLinux().GetCgroupParent(), id),
 		limits:      criLimits(cfg.GetLinux()),
+		ids:         ids,
 		open: &api.OpenPodRequest{
 			Hostname: cfg.GetHostname(),
 			Sysctls:  sysctls,
@@ -165,7 +170,6 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		p.open.ShmBytes = podShmBytes
 		p.shm = podShmSource
 	}
-	var err error
 	if p.files, err = podFiles(&cfg); err != nil {
 		return nil, err
 	}
@@ -173,6 +177,25 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		p.open.Hostname = strings.TrimSpace(p.files["/etc/hostname"])
 	}
 	return p, nil
+}
+
+// criIDs returns the ids of the pod's user namespace; zero for none.
+func criIDs(o *cri.UserNamespace) (ids idmap.Mapping, err error) {
+	if o == nil || o.GetMode() == cri.NamespaceMode_NODE {
+		return ids, nil
+	}
+	if o.GetMode() != cri.NamespaceMode_POD {
+		return ids, fmt.Errorf("mode %s: want POD or NODE", o.GetMode())
+	}
+	ids = idmap.Mapping{UIDs: criMappings(o.GetUids()), GIDs: criMappings(o.GetGids())}
+	return ids, ids.Check()
+}
+
+func criMappings(list []*cri.IDMapping) (out []specs.LinuxIDMapping) {
+	for _, e := range list {
+		out = append(out, specs.LinuxIDMapping{ContainerID: e.GetContainerId(), HostID: e.GetHostId(), Size: e.GetLength()})
+	}
+	return out
 }
 
 // criCgroup returns the pod's cgroup as containerd names those of containers
@@ -247,7 +270,7 @@ func resolvConf(dns *cri.DNSConfig) string {
 	return b.String()
 }
 
-// writeFiles writes the pod's files into dir.
+// writeFiles writes the pod's files, which are its root's, into dir.
 func (p *podConfig) writeFiles(dir string) error {
 	if len(p.files) == 0 {
 		return nil
@@ -256,7 +279,12 @@ func (p *podConfig) writeFiles(dir string) error {
 		return err
 	}
 	for destination, content := range p.files {
-		if err := os.WriteFile(filepath.Join(dir, filepath.Base(destination)), []byte(content), 0o644); err != nil {
+		path := filepath.Join(dir, filepath.Base(destination))
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			return err
+		}
+		uid, gid := p.ids.Root()
+		if err := os.Chown(path, int(uid), int(gid)); err != nil {
 			return err
 		}
 	}

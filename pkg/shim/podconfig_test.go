@@ -1,7 +1,7 @@
 package shim
 
 import (
-	"errors"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -11,7 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/vmrt/vmrt/api/cri"
-	"github.com/vmrt/vmrt/pkg/guestspec"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // sandboxSpec is what CRI writes for a pod's container.
@@ -71,8 +71,43 @@ func TestPodOfSpec(t *testing.T) {
 	if p, err = podOfSpec(host); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("pod without a network namespace that sets one of its sysctls = %+v, %v; want an invalid argument", p, err)
 	}
-	if _, err := podOfSpec(sandboxSpec(append(all, specs.LinuxNamespace{Type: "user"})...)); !errors.Is(err, guestspec.ErrUserNamespace) {
-		t.Errorf("pod with a user namespace = %v; want %v", err, guestspec.ErrUserNamespace)
+	user := sandboxSpec(append(all, specs.LinuxNamespace{Type: "user", Path: "/run/pinned/user"})...)
+	user.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 1000, Size: 10}}
+	user.Linux.GIDMappings = []specs.LinuxIDMapping{{HostID: 2000, Size: 10}}
+	if p, err = podOfSpec(user); err != nil || !p.ids.Equal(idmap.Mapping{UIDs: user.Linux.UIDMappings, GIDs: user.Linux.GIDMappings}) {
+		t.Errorf("pod with a user namespace = %+v, %v", p, err)
+	}
+	user.Linux.GIDMappings = nil
+	if p, err = podOfSpec(user); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("pod with a user namespace without groups = %+v, %v; want an invalid argument", p, err)
+	}
+}
+
+func TestPodUserNamespace(t *testing.T) {
+	ids := []*cri.IDMapping{{HostId: 1000, Length: 10}}
+	for _, tt := range []struct {
+		name    string
+		options *cri.UserNamespace
+		want    string // the uids
+		err     string
+	}{
+		{"not asked for", nil, "", ""},
+		{"the host's", &cri.UserNamespace{Mode: cri.NamespaceMode_NODE, Uids: ids, Gids: ids}, "", ""},
+		{"the pod's", &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: ids, Gids: ids}, "0:1000:10", ""},
+		{"no ids", &cri.UserNamespace{Mode: cri.NamespaceMode_POD}, "", "no uid mappings found"},
+		{"a container's", &cri.UserNamespace{Mode: cri.NamespaceMode_CONTAINER, Uids: ids, Gids: ids}, "", "mode CONTAINER: want POD or NODE"},
+		{"another's", &cri.UserNamespace{Mode: cri.NamespaceMode_TARGET, Uids: ids, Gids: ids}, "", "mode TARGET: want POD or NODE"},
+	} {
+		got, err := criIDs(tt.options)
+		if tt.err != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.err) {
+				t.Errorf("%s: %v; want %q", tt.name, err, tt.err)
+			}
+			continue
+		}
+		if err != nil || idmap.Format(got.UIDs) != tt.want {
+			t.Errorf("%s = %v, %v; want uids %q", tt.name, got, err, tt.want)
+		}
 	}
 }
 

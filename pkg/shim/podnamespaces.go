@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/guestspec"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // Namespaces that the containers of a pod can share, by their names in /proc.
@@ -62,12 +63,16 @@ func (s *service) rewrite(c *container, devices []*api.Device) (*guestspec.Plan,
 	spec := *c.spec
 	spec.Mounts = slices.Clone(spec.Mounts)
 	s.mu.Lock()
-	hostNetwork := s.pod != nil && s.pod.hostNetwork
+	var ids idmap.Mapping
+	hostNetwork := false
+	if s.pod != nil {
+		ids, hostNetwork = s.pod.ids, s.pod.hostNetwork
+	}
 	if s.sandbox != nil && s.pod != nil {
 		s.pod.addMounts(&spec, s.sandbox.FilesDir())
 	}
 	s.mu.Unlock()
-	in := guestspec.Input{ID: c.id, Bundle: c.bundle, Spec: &spec, GuestDevices: devices}
+	in := guestspec.Input{ID: c.id, Bundle: c.bundle, Spec: &spec, GuestDevices: devices, IDs: ids}
 	in.PodNamespaces, in.PodMounts = s.podPaths()
 	plan, err := guestspec.Rewrite(in)
 	if err != nil {

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // The layers of an overlay must be mounted in the mount namespace of the thread
@@ -57,7 +59,7 @@ func (p *prepared) prepareOverlay() error {
 			names = append(names, "")
 			continue
 		}
-		name, err := p.open(l)
+		name, err := p.open(l, p.ids)
 		if err != nil {
 			return err
 		}
@@ -71,8 +73,8 @@ func (p *prepared) prepareOverlay() error {
 }
 
 // open opens a layer and returns its name in the stage.
-func (p *prepared) open(dir string) (string, error) {
-	t, err := openTree(dir, BindOptions{}, p.legacy)
+func (p *prepared) open(dir string, ids idmap.Mapping) (string, error) {
+	t, err := openTree(dir, BindOptions{IDs: ids}, p.legacy)
 	if err != nil {
 		return "", err
 	}
@@ -96,7 +98,7 @@ func (p *prepared) openUpper(upper, work string) (u, w string, err error) {
 	for !strings.HasPrefix(work+"/", strings.TrimSuffix(common, "/")+"/") {
 		common = filepath.Dir(common)
 	}
-	name, err := p.open(common)
+	name, err := p.open(common, idmap.Mapping{}) // containerd has made it the root's outside
 	if err != nil {
 		return "", "", err
 	}

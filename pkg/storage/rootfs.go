@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // AddRootfs mounts a container's root file system: all of mounts, in order, at
@@ -21,7 +23,11 @@ import (
 // Types: overlay, bind, and whatever the host's kernel mounts from a file
 // (with or without option loop) or a block device. Not supported, with
 // errors.ErrUnsupported: types that need a helper program (fuse.*) or
-// containerd's mount manager (format/*, mkfs/*), and id-mapped mounts.
+// containerd's mount manager (format/*, mkfs/*).
+//
+// containerd's options uidmap and gidmap make a bind mount, or the lower
+// layers of an overlay, id-mapped ones, in which an owner is seen as the id
+// that stands for it outside the container's user namespace.
 func (s *Share) AddRootfs(container string, mounts []mount.Mount) (Entry, error) {
 	if len(mounts) == 0 {
 		return Entry{}, fmt.Errorf("mount root file system of container %s: no mounts", container)
@@ -100,6 +106,7 @@ type prepared struct {
 	// the upper and the work folder, if any, then the lower ones. Option
 	// strings name them by their index.
 	trees  []*tree
+	ids    idmap.Mapping
 	legacy bool
 }
 
@@ -114,14 +121,12 @@ func (p *prepared) close() {
 
 // prepare opens what m names. It runs in the host's mount namespace.
 func prepare(m mount.Mount, legacy bool) (*prepared, error) {
-	m.Options = slices.Clone(m.Options)
-	p := &prepared{mount: m, legacy: legacy}
-	for _, o := range m.Options {
-		if strings.HasPrefix(o, "uidmap=") || strings.HasPrefix(o, "gidmap=") {
-			return nil, fmt.Errorf("option %q: %w", o, errors.ErrUnsupported)
-		}
+	ids, options, err := takeIDs(m.Options)
+	if err != nil {
+		return nil, err
 	}
-	var err error
+	m.Options = options
+	p := &prepared{mount: m, ids: ids, legacy: legacy}
 	switch {
 	case strings.Contains(m.Type, "/") || strings.HasPrefix(m.Type, "fuse"):
 		err = fmt.Errorf("type %q: %w", m.Type, errors.ErrUnsupported)
@@ -129,6 +134,8 @@ func prepare(m mount.Mount, legacy bool) (*prepared, error) {
 		err = p.prepareOverlay()
 	case slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind"):
 		err = p.prepareBind()
+	case !ids.IsZero():
+		err = fmt.Errorf("option uidmap of type %q: %w", m.Type, errors.ErrUnsupported)
 	case filepath.IsAbs(m.Source):
 		// O_PATH: the kernel, or the loop driver, opens it again.
 		p.file, err = os.OpenFile(m.Source, unix.O_PATH, 0)
@@ -140,8 +147,30 @@ func prepare(m mount.Mount, legacy bool) (*prepared, error) {
 	return p, nil
 }
 
+// takeIDs parts the options from those that are containerd's own, and returns
+// the ids that these hold.
+func takeIDs(options []string) (ids idmap.Mapping, rest []string, err error) {
+	for _, o := range options {
+		switch key, value, _ := strings.Cut(o, "="); key {
+		case "uidmap":
+			ids.UIDs, err = idmap.Parse(value)
+		case "gidmap":
+			ids.GIDs, err = idmap.Parse(value)
+		default:
+			rest = append(rest, o)
+		}
+		if err != nil {
+			return ids, nil, fmt.Errorf("option %q: %w", o, err)
+		}
+	}
+	if !ids.IsZero() {
+		err = ids.Check()
+	}
+	return ids, rest, err
+}
+
 func (p *prepared) prepareBind() error {
-	var o BindOptions
+	o := BindOptions{IDs: p.ids, RecursiveIDs: true}
 	for _, name := range p.mount.Options {
 		switch name {
 		case "rbind":

@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // BindOptions are the options of AddBind, under the names that the OCI runtime
@@ -27,6 +30,10 @@ type BindOptions struct {
 	// this pod alone may use it so until its share is closed.
 	// Another pod gets ErrMemoryInUse.
 	Memory bool
+	// IDs, unless zero, are mapped: see guestspec.Bind.
+	IDs idmap.Mapping
+	// RecursiveIDs maps them on the mounts below the source too.
+	RecursiveIDs bool
 }
 
 // tree is a detached copy of a mount of the host, or of a part of it.
@@ -61,8 +68,11 @@ func openTree(path string, o BindOptions, legacy bool) (*tree, error) {
 		err = o.set(fd)
 		t.unset = errors.Is(err, unix.ENOSYS)
 	}
-	if t.unset && o.ReadOnlyRecursive {
+	switch {
+	case t.unset && o.ReadOnlyRecursive:
 		err = fmt.Errorf("recursively read-only mount needs mount_setattr, Linux 5.12: %w", errors.ErrUnsupported)
+	case t.unset && !o.IDs.IsZero():
+		err = fmt.Errorf("id-mapped mount needs mount_setattr, Linux 5.12: %w", errors.ErrUnsupported)
 	}
 	if err != nil && !errors.Is(err, unix.ENOSYS) {
 		t.close()
@@ -138,6 +148,37 @@ func (o BindOptions) set(fd int) error {
 		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &ro); err != nil {
 			return fmt.Errorf("mount_setattr read-only: %w", err)
 		}
+	}
+	if o.IDs.IsZero() {
+		return nil
+	}
+	return mapIDs(fd, o.IDs, o.RecursiveIDs)
+}
+
+// MapsIDs reports whether the host's kernel has id-mapped mounts, which came
+// with mount_setattr(2). Not every file system can be mounted so.
+func MapsIDs() bool {
+	return unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{}) != unix.ENOSYS
+}
+
+// mapIDs makes the detached mount at fd, or all mounts there, id-mapped ones.
+func mapIDs(fd int, ids idmap.Mapping, recursive bool) error {
+	userns, err := mount.GetUsernsFD(idmap.Format(ids.UIDs), idmap.Format(ids.GIDs))
+	if err != nil {
+		return fmt.Errorf("make user namespace of an id-mapped mount: %w", err)
+	}
+	defer userns.Close()
+	flags := uint(unix.AT_EMPTY_PATH)
+	if recursive {
+		flags |= unix.AT_RECURSIVE
+	}
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())}
+	err = unix.MountSetattr(fd, "", flags, &attr)
+	if err == unix.EINVAL { // can_idmap_mount in fs/namespace.c
+		return fmt.Errorf("id-mapped mount: the file system cannot be mounted so: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("id-mapped mount: mount_setattr: %w", err)
 	}
 	return nil
 }

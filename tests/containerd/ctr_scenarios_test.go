@@ -2,6 +2,12 @@ package containerd
 
 const cgroups = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"
 
+// userns shows what the root of a user namespace is and may do.
+const userns = "cat /proc/self/uid_map /proc/self/gid_map; id; stat -c '%n %u:%g' / /bin /dev/null /dev/shm /mnt /mnt/mapped; " +
+	"echo reopened > /dev/stdout; echo written > /file && chown 7:8 /file && stat -c '%n %u:%g' /file; touch /mnt/made; touch /mnt/mapped && echo touched; " +
+	"hostname renamed && hostname; ip link set lo down && echo lo is down; ip link set lo up; mount -t tmpfs t /tmp; " +
+	"ls /sys/class/net; ls -d /sys/fs/cgroup; echo 1 > /proc/sys/net/ipv4/ip_forward; echo 5 > /proc/sys/kernel/pid_max; cat /proc/1/comm; nc -h 2>&1 | head -n 1"
+
 // ctrScenarios are what ctr can do.
 var ctrScenarios = []scenario{
 	{"options", [][]string{{"RUN", "--rm", "--env", "A=b c", "--cwd", "/tmp", "--user", "1002:1002", "--hostname", "h", "--read-only",
@@ -19,6 +25,15 @@ var ctrScenarios = []scenario{
 		{"SH", "mkdir -p DIR/root/bin && cp $(command -v busybox) DIR/root/bin/busybox && mkdir -p DIR/root/proc DIR/root/sys DIR/root/dev DIR/root/run"},
 		{"RUN", "--rm", "--rootfs", "DIR/root", "box", "/bin/busybox", "sh", "-c", "echo kept > /out; cat /proc/self/comm"},
 		{"SH", "cat DIR/root/out"},
+	}},
+	{"user namespace", [][]string{
+		{"SH", "touch DIR/mapped && chown 1000:1000 DIR/mapped"},
+		{"RUN", "--rm", "--uidmap", "0:1000:65536", "--gidmap", "0:1000:65536", "--remap-labels", "--cap-add", "CAP_NET_ADMIN",
+			"--mount", "type=bind,src=DIR,dst=/mnt,options=rbind:rw", busybox, "box", "sh", "-c", userns},
+		{"RUN", "--rm", "--uidmap", "0:1000:65536", "--gidmap", "0:1000:65536", "--remap-labels", "--user", "1002:1002", busybox, "box", "sh", "-c",
+			"id; echo reopened > /dev/stdout; touch /x; touch /tmp/y && stat -c %u:%g /tmp/y /bin"},
+		{"SH", "stat -c '%n %u:%g' DIR/made"},
+		{"RUN", "--rm", "--uidmap", "1:1000:65536", "--gidmap", "1:1000:65536", busybox, "box", "id"},
 	}},
 	{"missing program", [][]string{{"RUN", "--rm", busybox, "box", "no-such-program"}}},
 	{"missing folder", [][]string{{"RUN", "--rm", "--mount", "type=bind,src=DIR/none,dst=/mnt,options=rbind", busybox, "box", "true"}}},

@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 func TestParseCmdline(t *testing.T) {
@@ -22,6 +25,11 @@ func TestParseCmdline(t *testing.T) {
 		{"console=ttyS0 quiet\n", Cmdline{Port: api.HostPort}, ""},
 		{"quiet vmrt.port=4321 vmrt.debug\n", Cmdline{Port: 4321, Debug: true}, ""},
 		{"vmrt.debug=0 vmrt.port=4294967295", Cmdline{Port: 1<<32 - 1}, ""},
+		{"vmrt.gids=0:2000:1 vmrt.uids=0:1000:1,1:5000:9", Cmdline{Port: api.HostPort, IDs: idmap.Mapping{
+			UIDs: []specs.LinuxIDMapping{{HostID: 1000, Size: 1}, {ContainerID: 1, HostID: 5000, Size: 9}},
+			GIDs: []specs.LinuxIDMapping{{HostID: 2000, Size: 1}},
+		}}, ""},
+		{"vmrt.uids=0:1000", Cmdline{}, "vmrt.uids=0:1000"},
 		{"vmrt.port=0", Cmdline{}, "vmrt.port=0"},
 		{"vmrt.port=x", Cmdline{}, "vmrt.port=x"},
 		{"vmrt.port=4294967296", Cmdline{}, "vmrt.port=4294967296"},
@@ -33,7 +41,7 @@ func TestParseCmdline(t *testing.T) {
 			}
 			continue
 		}
-		if got != tt.want || err != nil {
+		if !reflect.DeepEqual(got, tt.want) || err != nil {
 			t.Errorf("parseCmdline(%q) = %+v, %v; want %+v", tt.cmdline, got, err, tt.want)
 		}
 	}

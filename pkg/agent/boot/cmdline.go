@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // cmdlineDebug is the kernel argument that makes the agent report its boot
@@ -18,6 +19,8 @@ type Cmdline struct {
 	Port uint32
 	// Debug asks for boot phases and debug logging on the console.
 	Debug bool
+	// IDs are those of the pod's user namespace; zero for none.
+	IDs idmap.Mapping
 }
 
 // ReadCmdline reads /proc/cmdline.
@@ -41,6 +44,16 @@ func parseCmdline(s string) (Cmdline, error) {
 				return c, fmt.Errorf("kernel argument %q: want a vsock port", arg)
 			}
 			c.Port = uint32(n)
+		case api.CmdlineUIDs, api.CmdlineGIDs:
+			list, err := idmap.Parse(value)
+			if err != nil {
+				return c, fmt.Errorf("kernel argument %q: %w", arg, err)
+			}
+			if key == api.CmdlineUIDs {
+				c.IDs.UIDs = list
+			} else {
+				c.IDs.GIDs = list
+			}
 		case cmdlineDebug:
 			c.Debug = value != "0"
 		}

@@ -48,15 +48,25 @@ func (n *Network) Configure(cfg *api.NetworkConfig) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := openHandle()
 	if err != nil {
-		return fmt.Errorf("netlink socket: %w", err)
+		return err
 	}
 	defer h.Close()
-	if err := h.SetSocketTimeout(timeout); err != nil {
-		return fmt.Errorf("netlink socket: %w", err)
-	}
 	return n.apply(h, c)
+}
+
+// openHandle opens a socket in the calling thread's network namespace.
+func openHandle() (*netlink.Handle, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	if err := h.SetSocketTimeout(timeout); err != nil {
+		h.Close()
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	return h, nil
 }
 
 func (n *Network) apply(h *netlink.Handle, c *config) error {

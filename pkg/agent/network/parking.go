@@ -29,20 +29,12 @@ func openParking() (*parking, error) {
 		if p.file, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 			return fmt.Errorf("make network namespace: %w", err)
 		}
-		if p.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err == nil {
-			err = p.handle.SetSocketTimeout(timeout)
-		}
-		if err != nil {
-			return fmt.Errorf("netlink socket: %w", err)
-		}
-		return nil
+		p.handle, err = openHandle()
+		return err
 	})
 	if err != nil {
 		if p.file != nil {
 			p.file.Close()
-		}
-		if p.handle != nil {
-			p.handle.Close()
 		}
 		return nil, err
 	}
@@ -54,10 +46,7 @@ func openParking() (*parking, error) {
 func (n *Network) park(h *netlink.Handle, links []netlink.Link) ([]netlink.Link, error) {
 	var left []netlink.Link
 	for _, l := range links {
-		a := l.Attrs()
-		// netlink's name for hardware is "device". Whatever a container may
-		// have made is of another type.
-		if l.Type() != "device" || a.EncapType != "ether" || a.Flags&net.FlagLoopback != 0 || n.isClaimed(l) {
+		if !isHardware(l) || n.isClaimed(l) {
 			left = append(left, l)
 			continue
 		}
@@ -68,10 +57,40 @@ func (n *Network) park(h *netlink.Handle, links []netlink.Link) ([]netlink.Link,
 			}
 		}
 		if err := h.LinkSetNsFd(l, int(n.parking.file.Fd())); err != nil {
-			return nil, fmt.Errorf("hide interface %s: %w", a.Name, err)
+			return nil, fmt.Errorf("hide interface %s: %w", l.Attrs().Name, err)
 		}
 	}
 	return left, nil
+}
+
+// isHardware tells the machine's network devices from the loopback and from
+// whatever a container may have made: netlink's name for them is "device".
+func isHardware(l netlink.Link) bool {
+	a := l.Attrs()
+	return l.Type() == "device" && a.EncapType == "ether" && a.Flags&net.FlagLoopback == 0
+}
+
+// MoveHardware moves the machine's network devices from the calling thread's
+// network namespace to another.
+func MoveHardware(netns *os.File) error {
+	h, err := openHandle()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	links, err := list(h)
+	if err != nil {
+		return err
+	}
+	for _, l := range links {
+		if !isHardware(l) {
+			continue
+		}
+		if err := h.LinkSetNsFd(l, int(netns.Fd())); err != nil {
+			return fmt.Errorf("move interface %s: %w", l.Attrs().Name, err)
+		}
+	}
+	return nil
 }
 
 // bringBack gets the devices that are missing from links out of the parking,

@@ -3,8 +3,9 @@
 // a tmpfs as their /dev/shm. The network namespace is the machine's own.
 //
 // The namespaces are kept by bind mounts of their /proc files, not by
-// processes, except that a pid namespace lives as long as its first process: a
-// tiny program called /pause, as Kubernetes users know it, which reaps orphans.
+// processes, except that a pid namespace lives as long as its first process
+// (package pause). Those of a pod with a user namespace are there already
+// (package userns).
 //
 // Methods may be called from any goroutine.
 package pod
@@ -22,11 +23,14 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/sys/reaper"
 	"github.com/containerd/errdefs"
+	runc "github.com/containerd/go-runc"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/agent/pause"
+	"github.com/vmrt/vmrt/pkg/agent/userns"
+	"github.com/vmrt/vmrt/pkg/idmap"
 	"github.com/vmrt/vmrt/pkg/thread"
-	"github.com/vmrt/vmrt/pkg/tinyelf"
 )
 
 // maxSysctls bounds the sysctls of a pod.
@@ -35,6 +39,7 @@ const maxSysctls = 256
 // Pod is the virtual machine's one pod.
 type Pod struct {
 	namespaces, shm string // folders
+	ids             idmap.Mapping
 
 	mu      sync.Mutex
 	open    bool
@@ -43,8 +48,21 @@ type Pod struct {
 	ended   chan struct{} // closed when init was reaped
 }
 
-// New returns a pod that is not open yet.
-func New() *Pod { return &Pod{namespaces: api.PodNamespaces, shm: api.PodShm} }
+// New returns a pod that is not open yet. ids are those of its user namespace,
+// and first is the first process of the pid namespace there; without a user
+// namespace both are zero.
+func New(ids idmap.Mapping, first *os.Process) *Pod {
+	p := &Pod{namespaces: api.PodNamespaces, shm: api.PodShm, ids: ids, init: first}
+	if first != nil {
+		p.ended = make(chan struct{})
+		go func(ended chan<- struct{}) {
+			// Whoever reaps it first, it has ended then.
+			_, _ = first.Wait()
+			close(ended)
+		}(p.ended)
+	}
+	return p
+}
 
 // Open makes the pod. A second time it is errdefs.ErrAlreadyExists. After an
 // error nothing is left.
@@ -54,8 +72,12 @@ func (p *Pod) Open(r *api.OpenPodRequest) (err error) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.open {
+	inUserNS := !p.ids.IsZero()
+	switch {
+	case p.open:
 		return fmt.Errorf("open pod: %w", errdefs.ErrAlreadyExists)
+	case inUserNS && p.init == nil:
+		return fmt.Errorf("open pod: it was closed, and its user namespace with it: %w", errdefs.ErrFailedPrecondition)
 	}
 	defer func() {
 		if err != nil {
@@ -68,7 +90,7 @@ func (p *Pod) Open(r *api.OpenPodRequest) (err error) {
 	if err := thread.Run(func() error { return p.enter(r) }); err != nil {
 		return err
 	}
-	if r.Pid {
+	if r.Pid && !inUserNS {
 		if err := p.startInit(); err != nil {
 			return err
 		}
@@ -82,10 +104,15 @@ func (p *Pod) Open(r *api.OpenPodRequest) (err error) {
 	return nil
 }
 
-// enter moves the calling thread into the pod's namespaces and keeps them.
+// enter moves the calling thread into the pod's ipc and uts namespaces and sets
+// what they hold.
 func (p *Pod) enter(r *api.OpenPodRequest) error {
-	if err := unix.Unshare(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
-		return fmt.Errorf("make ipc and uts namespaces: %w", err)
+	join := p.make
+	if !p.ids.IsZero() {
+		join = p.join
+	}
+	if err := join(); err != nil {
+		return err
 	}
 	if r.Hostname != "" {
 		if err := invalid(unix.Sethostname([]byte(r.Hostname))); err != nil {
@@ -102,10 +129,34 @@ func (p *Pod) enter(r *api.OpenPodRequest) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// make makes the namespaces and keeps them.
+func (p *Pod) make() error {
+	if err := unix.Unshare(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
+		return fmt.Errorf("make ipc and uts namespaces: %w", err)
+	}
 	// This is not /proc/self, the thread that has started the process.
 	for _, kind := range []string{"ipc", "uts"} {
 		if err := p.keep(fmt.Sprintf("/proc/thread-self/ns/%s", kind), kind); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// join joins those that are there.
+func (p *Pod) join() error {
+	for _, kind := range []string{"ipc", "uts"} {
+		f, err := os.Open(filepath.Join(p.namespaces, kind))
+		if err != nil {
+			return err
+		}
+		err = unix.Setns(int(f.Fd()), 0)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("join %s namespace: %w", kind, err)
 		}
 	}
 	return nil
@@ -148,13 +199,8 @@ func invalid(err error) error {
 // keep binds a namespace to its file.
 func (p *Pod) keep(source, kind string) error {
 	target := filepath.Join(p.namespaces, kind)
-	f, err := os.OpenFile(target, os.O_CREATE|os.O_RDONLY, 0o444)
-	if err != nil {
+	if err := userns.Keep(source, target); err != nil {
 		return err
-	}
-	f.Close()
-	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("keep %s namespace: %w", kind, err)
 	}
 	p.targets = append(p.targets, target)
 	return nil
@@ -162,20 +208,13 @@ func (p *Pod) keep(source, kind string) error {
 
 // startInit makes the pid namespace.
 func (p *Pod) startInit() error {
-	program, err := tinyelf.Link(initData, writeInit)
-	if err != nil {
+	var cmd *exec.Cmd
+	var exits chan runc.Exit
+	err := pause.Start(syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, func(c *exec.Cmd) (err error) {
+		cmd = c
+		exits, err = reaper.Default.Start(c)
 		return err
-	}
-	fd, err := tinyelf.Memfd(initName, program)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	cmd := &exec.Cmd{
-		Path: fmt.Sprintf("/proc/self/fd/%d", fd), Args: []string{"/" + initName}, Env: []string{}, Dir: "/",
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWPID},
-	}
-	exits, err := reaper.Default.Start(cmd)
+	})
 	if err != nil {
 		return fmt.Errorf("start first process of the pod's pid namespace: %w", err)
 	}
@@ -188,31 +227,14 @@ func (p *Pod) startInit() error {
 	return p.keep(fmt.Sprintf("/proc/%d/ns/pid", cmd.Process.Pid), "pid")
 }
 
-// initName is what ps shows.
-const initName = "pause"
-
-// initData is the program's struct sigaction: SIG_IGN, no flags, no mask.
-var initData = []byte{31: 0, 0: 1}
-
-// writeInit appends the program: it ignores SIGCHLD, so that the kernel reaps
-// what is left to it (sigaction(2)), and sleeps.
-func writeInit(p *tinyelf.Program) (entry int) {
-	const maskBytes = 8
-	entry = p.Pos()
-	p.Call(p.Syscalls.RtSigaction, uint32(unix.SIGCHLD), tinyelf.DataAddr, 0, maskBytes)
-	p.Call(p.Syscalls.CloseRange, 0, ^uint32(0), 0)
-	loop := p.Pos()
-	p.Call(p.Syscalls.Ppoll, 0, 0, 0, 0)
-	p.Jump(loop)
-	return entry
-}
-
 func (p *Pod) mountShm(size uint64) error {
 	if err := os.MkdirAll(p.shm, 0o755); err != nil {
 		return err
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if err := unix.Mount("shm", p.shm, "tmpfs", flags, fmt.Sprintf("mode=1777,size=%d", size)); err != nil {
+	uid, gid := p.ids.Root()
+	options := fmt.Sprintf("mode=1777,size=%d,uid=%d,gid=%d", size, uid, gid)
+	if err := unix.Mount("shm", p.shm, "tmpfs", flags, options); err != nil {
 		return fmt.Errorf("mount /dev/shm of %d bytes: %w", size, err)
 	}
 	p.targets = append(p.targets, p.shm)

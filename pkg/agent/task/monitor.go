@@ -1,6 +1,8 @@
 package task
 
 import (
+	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -21,11 +23,15 @@ import (
 type Monitor struct {
 	runc.ProcessMonitor
 	service *Service
+	uid     int
+	gid     int
 }
 
-// NewMonitor returns a monitor that starts processes by inner, for s.
-func NewMonitor(inner runc.ProcessMonitor, s *Service) *Monitor {
-	return &Monitor{inner, s}
+// NewMonitor returns a monitor that starts processes by inner, for s. The
+// streams are uid's and gid's: the root of a user namespace cannot give those
+// of anybody outside to the container's user.
+func NewMonitor(inner runc.ProcessMonitor, s *Service, uid, gid uint32) *Monitor {
+	return &Monitor{inner, s, int(uid), int(gid)}
 }
 
 // Start starts cmd.
@@ -60,6 +66,16 @@ func (m *Monitor) start(cmd *exec.Cmd, start func(*exec.Cmd) (chan runc.Exit, er
 		cmd.Stderr = f.Stderr
 	}
 	defer p.Handed()
+	if m.uid != 0 || m.gid != 0 {
+		for _, file := range []*os.File{f.Stdin, f.Stdout, f.Stderr} {
+			if file == nil {
+				continue
+			}
+			if err := file.Chown(m.uid, m.gid); err != nil {
+				return nil, fmt.Errorf("stdio of %s: %w", k, err)
+			}
+		}
+	}
 	return start(cmd)
 }
 

@@ -132,7 +132,7 @@ func newBench(t *testing.T, script string) *bench {
 	go registry.Serve(l)
 	t.Cleanup(func() { l.Close(); registry.Close() })
 	b.Service = New(b.inner, registry, dir)
-	b.inner.monitor = NewMonitor(plain{}, b.Service)
+	b.inner.monitor = NewMonitor(plain{}, b.Service, 0, 0)
 	return b
 }
 
