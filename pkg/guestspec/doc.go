@@ -20,15 +20,15 @@
 //   - pid, ipc, uts, cgroup: a new one, or none, which means the virtual
 //     machine's own and never the host's. A container that is not privileged
 //     always gets a cgroup namespace, so that it sees its own cgroup alone.
-//   - network: always the virtual machine's first network namespace, named by
+//   - network: always that of the agent, the guest's only one in use, named by
 //     path so that net.* sysctls are permitted. The spec's path (or that a new
 //     one is wanted) is in Plan.NetNS. A spec without a network namespace asks
 //     for the host's network: Plan.HostNetwork. Its container has none in the
 //     guest either, and may not set net.* sysctls.
 //   - time: a new one, with its offsets.
-//   - user, and ID mappings: ErrUserNamespace. Files on a shared folder
-//     have the host's owners, and neither id-mapped mounts nor a shifted
-//     rootfs are undone there.
+//   - user: the one that was made when the virtual machine booted, with
+//     Input.IDs, and of which its other namespaces are. Other ids are an
+//     error; ids outside it are the host's, as are the owners of shared files.
 //   - any of them by path: the guest's namespace that Input.PodNamespaces
 //     names, else an error: a process outside the virtual machine has no
 //     namespace in it.
@@ -46,8 +46,9 @@
 //     server (ext4, nfs, overlay …) are errors.
 //   - shared and rshared on a bind mount are errors, since no mount made in
 //     the guest reaches the host; slave and rslave are kept, and the host
-//     shares later mounts too. idmap and ridmap are errors. rro is kept and
-//     enforced on both sides.
+//     shares later mounts too. rro is kept and enforced on both sides.
+//   - idmap, ridmap and a mount's own ids are for the host, which maps the
+//     owners before the guest sees them: Bind.IDs.
 //   - SELinux's context options are dropped.
 //
 // # Devices

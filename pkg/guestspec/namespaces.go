@@ -11,7 +11,7 @@ import (
 	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
-// guestNetNS is the virtual machine's first network namespace. The path, in
+// guestNetNS is the agent's network namespace. The path, in
 // place of no network namespace at all, tells the OCI runtime that the
 // namespace is the container's to configure: it permits net.* sysctls.
 const guestNetNS = "/proc/1/ns/net"

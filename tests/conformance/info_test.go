@@ -10,6 +10,8 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/vmrt/vmrt/pkg/storage"
 )
 
 // `-info` says what works, and nothing that does not: kubelet decides by it.

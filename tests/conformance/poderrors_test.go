@@ -139,9 +139,9 @@ func TestPodErrors(t *testing.T) {
 		{"network namespace that vanished", inNetNS(vanished(t)), errdefs.IsFailedPrecondition},
 		{"network namespace that is a file", inNetNS("/etc/passwd"), errdefs.IsFailedPrecondition},
 		{"network namespace of another pod", inNetNS(fmt.Sprintf("/proc/%d/ns/net", good.pid)), errdefs.IsFailedPrecondition},
-		{"user namespace", func(s *specs.Spec) {
+		{"user namespace without ids", func(s *specs.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-		}, errdefs.IsFailedPrecondition},
+		}, errdefs.IsInvalidArgument},
 		{"sysctl of the host's network", func(s *specs.Spec) {
 			s.Linux.Namespaces = without(s.Linux.Namespaces, specs.NetworkNamespace)
 		}, errdefs.IsInvalidArgument},
@@ -245,9 +245,9 @@ func TestSandboxAPIErrors(t *testing.T) {
 			c.Linux.Sysctls = map[string]string{"net.ipv4.ip_forward": "1"}
 			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}}
 		}, nil, errdefs.IsInvalidArgument},
-		{"user namespace", func(c *cri.PodSandboxConfig) {
+		{"user namespace without ids", func(c *cri.PodSandboxConfig) {
 			c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{}}}
-		}, nil, errdefs.IsFailedPrecondition},
+		}, nil, errdefs.IsInvalidArgument},
 		{"negative memory", resources(&cri.LinuxContainerResources{MemoryLimitInBytes: -5}), nil, errdefs.IsInvalidArgument},
 		{"negative CPU quota", resources(&cri.LinuxContainerResources{CpuQuota: -5, CpuPeriod: 100000}), nil, errdefs.IsInvalidArgument},
 		{"negative CPU period", resources(&cri.LinuxContainerResources{CpuQuota: 5, CpuPeriod: -1}), nil, errdefs.IsInvalidArgument},

@@ -39,10 +39,6 @@ func TestPodErrors(t *testing.T) {
 				t.Errorf("pod %s has left %v, %v", name, left, err)
 			}
 		}
-		ids := []env.Object{{"container_id": 0, "host_id": 100000, "length": 65536}}
-		refused("hostUsers-false", env.Object{"linux": env.Object{"security_context": env.Object{"namespace_options": env.Object{
-			"userns_options": env.Object{"mode": 0, "uids": ids, "gids": ids},
-		}}}}, "FailedPrecondition", "user namespace")
 		refused("negative", env.Object{"linux": env.Object{"resources": env.Object{"memory_limit_in_bytes": -5}}}, "InvalidArgument", "memory limit of -5 bytes")
 		refused("sysctl", env.Object{"linux": env.Object{"sysctls": env.Object{"net.no.such": "1"}}}, "InvalidArgument", "net.no.such")
 		refused("sysctl-value", env.Object{"linux": env.Object{"sysctls": env.Object{"kernel.shmmax": "many"}}}, "InvalidArgument", "kernel.shmmax")

@@ -124,8 +124,36 @@ func (p *Pod) enter(r *api.OpenPodRequest) error {
 			return fmt.Errorf("set domain name %q: %w", r.Domainname, err)
 		}
 	}
-	for _, key := range sortedKeys(r.Sysctls) {
-		if err := setSysctl("/proc/sys", key, r.Sysctls[key]); err != nil {
+	return p.setSysctls(r.Sysctls)
+}
+
+// setSysctls writes the sysctls of the calling thread's namespaces. In a user
+// namespace those of the network are anybody's who has power over it
+// (net_ctl_permissions in net/sysctl_net.c), which the thread has; the others
+// are the namespace's root's alone, whom it becomes for them.
+func (p *Pod) setSysctls(sysctls map[string]string) error {
+	var network, others []string
+	for key := range sysctls {
+		if strings.HasPrefix(strings.ReplaceAll(key, "/", "."), "net.") {
+			network = append(network, key)
+		} else {
+			others = append(others, key)
+		}
+	}
+	slices.Sort(network)
+	slices.Sort(others)
+	for _, key := range network {
+		if err := setSysctl("/proc/sys", key, sysctls[key]); err != nil {
+			return err
+		}
+	}
+	if len(others) > 0 && !p.ids.IsZero() {
+		if err := actAs(p.ids.Root()); err != nil {
+			return err
+		}
+	}
+	for _, key := range others {
+		if err := setSysctl("/proc/sys", key, sysctls[key]); err != nil {
 			return err
 		}
 	}
@@ -162,12 +190,16 @@ func (p *Pod) join() error {
 	return nil
 }
 
-func sortedKeys(m map[string]string) (keys []string) {
-	for k := range m {
-		keys = append(keys, k)
+// actAs makes the calling thread, and no other, somebody else for good.
+func actAs(uid, gid uint32) error {
+	const same = ^uintptr(0)
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, same, uintptr(gid), same); errno != 0 {
+		return fmt.Errorf("act as group %d: %w", gid, errno)
 	}
-	slices.Sort(keys)
-	return keys
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, same, uintptr(uid), same); errno != 0 {
+		return fmt.Errorf("act as user %d: %w", uid, errno)
+	}
+	return nil
 }
 
 // setSysctl writes a sysctl of the calling thread's namespaces. Dots separate,

@@ -12,9 +12,12 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/sys/reaper"
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/agent/userns"
+	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // envInside tells a copy of the test that it runs in namespaces of its own.
@@ -44,6 +47,7 @@ func TestMain(m *testing.M) {
 func TestPod(t *testing.T) {
 	if os.Getenv(envInside) != "" {
 		t.Run("OpenClose", testOpenClose)
+		t.Run("UserNamespace", testUserNamespace)
 		t.Run("ErrorsLeaveNothing", testErrorsLeaveNothing)
 		return
 	}
@@ -133,6 +137,85 @@ func testOpenClose(t *testing.T) {
 		t.Errorf("Open after Close = %v; want nil", err)
 	}
 	p.Close()
+}
+
+// testUserNamespace: the namespaces are there already, and what they hold is
+// the business of their root.
+func testUserNamespace(t *testing.T) {
+	p := newPod(t)
+	p.ids = idmap.Mapping{
+		UIDs: []specs.LinuxIDMapping{{HostID: 1000, Size: 10}},
+		GIDs: []specs.LinuxIDMapping{{HostID: 2000, Size: 10}},
+	}
+	pid, err := userns.Make(p.ids, p.namespaces)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, kind := range []string{"user", "ipc", "uts", "pid"} {
+			if err := unix.Unmount(p.namespaces+"/"+kind, 0); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	first, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := New(p.ids, first)
+	p.init, p.ended = made.init, made.ended
+	r := &api.OpenPodRequest{
+		Hostname: "web-0", Pid: true, ShmBytes: 1 << 20,
+		Sysctls: map[string]string{"kernel.msgmax": "12345", "net.ipv4.ip_unprivileged_port_start": "78"},
+	}
+	if err := p.Open(r); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.inside(t, "hostname; cat /proc/sys/kernel/msgmax"); got != "web-0\n12345" {
+		t.Errorf("in the pod = %q; want web-0, 12345", got)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(p.shm, &st); err != nil || st.Uid != 1000 || st.Gid != 2000 {
+		t.Errorf("shm is %d:%d's, %v; want 1000:2000's", st.Uid, st.Gid, err)
+	}
+	for path, want := range map[string]string{"uid_map": "0 1000 10", "gid_map": "0 2000 10", "setgroups": "allow"} {
+		got, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, path))
+		if err != nil || strings.Join(strings.Fields(string(got)), " ") != want {
+			t.Errorf("%s of the first process = %q, %v; want %s", path, got, err, want)
+		}
+	}
+	user, err := os.Stat(p.namespaces + "/user")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []string{"ipc", "uts", "pid"} {
+		f, err := os.Open(p.namespaces + "/" + kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		owner, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_USERNS)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := os.NewFile(uintptr(owner), "user namespace")
+		if fi, err := file.Stat(); err != nil || !os.SameFile(fi, user) {
+			t.Errorf("%s namespace belongs to another user namespace (%v)", kind, err)
+		}
+		file.Close()
+	}
+	if err := p.Close(); err != nil {
+		t.Errorf("Close = %v; want nil", err)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err == nil {
+		t.Error("the first process is left")
+	}
+	if err := p.Open(r); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("Open after Close = %v; want a failed precondition", err)
+	}
+	if _, err := userns.Make(idmap.Mapping{UIDs: p.ids.UIDs}, p.namespaces); err == nil {
+		t.Error("a user namespace without groups was made")
+	}
 }
 
 func testErrorsLeaveNothing(t *testing.T) {

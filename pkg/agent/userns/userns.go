@@ -59,20 +59,9 @@ func Enter(m idmap.Mapping) error {
 }
 
 func enter(m idmap.Mapping) error {
-	if err := m.Check(); err != nil {
-		return err
-	}
-	first, err := start(m)
+	first, err := Make(m, api.PodNamespaces)
 	if err != nil {
 		return err
-	}
-	if err := os.MkdirAll(api.PodNamespaces, 0o711); err != nil {
-		return err
-	}
-	for _, kind := range []string{"user", "ipc", "uts", "pid"} {
-		if err := Keep(fmt.Sprintf("/proc/%d/ns/%s", first, kind), filepath.Join(api.PodNamespaces, kind)); err != nil {
-			return err
-		}
 	}
 	netns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", first))
 	if err != nil {
@@ -89,6 +78,27 @@ func enter(m idmap.Mapping) error {
 	}
 	err = unix.Exec("/proc/self/exe", []string{os.Args[0], argument, strconv.Itoa(first)}, os.Environ())
 	return &os.PathError{Op: "exec", Path: "/proc/self/exe", Err: err}
+}
+
+// Make makes a user namespace and those that belong to it, keeps all but the
+// network namespace as files of the folder dir, and returns the pid of the
+// first process in them. After an error whatever was made stays.
+func Make(m idmap.Mapping, dir string) (first int, err error) {
+	if err := m.Check(); err != nil {
+		return 0, err
+	}
+	if first, err = start(m); err != nil {
+		return 0, err
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return 0, err
+	}
+	for _, kind := range []string{"user", "ipc", "uts", "pid"} {
+		if err := Keep(fmt.Sprintf("/proc/%d/ns/%s", first, kind), filepath.Join(dir, kind)); err != nil {
+			return 0, err
+		}
+	}
+	return first, nil
 }
 
 // start starts a first process in new namespaces and returns its pid.
