@@ -11,9 +11,9 @@ import (
 	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
-// guestNetNS is the agent's network namespace. The path, in
-// place of no network namespace at all, tells the OCI runtime that the
-// namespace is the container's to configure: it permits net.* sysctls.
+// guestNetNS is the agent's network namespace. The path, in place of no network
+// namespace at all, tells the OCI runtime that the namespace is the container's
+// to configure: it permits net.* sysctls.
 const guestNetNS = "/proc/1/ns/net"
 
 // rewriteNamespaces checks the spec's namespaces and returns the guest's, in
