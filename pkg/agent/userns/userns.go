@@ -52,10 +52,7 @@ func Init() (*os.Process, error) {
 // with an error.
 func Enter(m idmap.Mapping) error {
 	runtime.LockOSThread() // which changes its network namespace; exec ends all others
-	if err := enter(m); err != nil {
-		return fmt.Errorf("make user namespace: %w", err)
-	}
-	return nil
+	return fmt.Errorf("make user namespace: %w", enter(m))
 }
 
 func enter(m idmap.Mapping) error {
