@@ -54,6 +54,7 @@ func TestUserNamespaces(t *testing.T) {
 		if diff := cmp.Diff(said[0], said[1]); diff != "" {
 			t.Errorf("runc (-) and vmrt (+) differ:\n%s", diff)
 		}
+		usernsHostNetwork(t, e)
 		usernsErrors(t, e)
 	})
 }
@@ -109,6 +110,12 @@ func usernsPod(t *testing.T, e *env.Env, runtime string) (said []string) {
 	}
 	said = append(said, owner(file), owner(filepath.Join(mapped, "made")))
 
+	p.sh(id, "mkdir /www; echo from the pod > /www/index.html; httpd -p 8888 -h /www")
+	for _, ip := range p.ips() {
+		said = append(said, fetch(t, e, url(ip, 8888)))
+	}
+	portForward(t, p)
+
 	// A second container, of another user, is in the same namespaces; and a
 	// container can be made again in a living pod.
 	delete(security, "capabilities")
@@ -123,6 +130,26 @@ func usernsPod(t *testing.T, e *env.Env, runtime string) (said []string) {
 		said = append(said, p.logged(name))
 	}
 	return said
+}
+
+// usernsHostNetwork: the two go together.
+func usernsHostNetwork(t *testing.T, e *env.Env) {
+	addCard(t, e, "card0", "10.6.0.1/24")
+	both := usernsOptions()
+	both["namespace_options"].(env.Object)["network"] = 2
+	p := runPod(t, e, "userns-hostnet", env.Object{"linux": env.Object{"security_context": both}})
+	id, err := p.Pod.Run(p.ctx, "web", image.BusyboxName, env.Object{
+		"command": []string{"sh", "-c", webServer}, "linux": env.Object{"security_context": both},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, address := range []string{"127.0.0.1:8888", "10.6.0.1:8888"} {
+		await(t, e, address, says("from the pod"))
+	}
+	if got := strings.Fields(p.sh(id, "cat /proc/self/uid_map")); strings.Join(got, " ") != fmt.Sprint("0 ", usernsBase, " 65536") {
+		t.Errorf("ids of a pod with the host's network = %v; want its own", got)
+	}
 }
 
 // usernsErrors: what cannot be is refused, and leaves nothing.
@@ -150,7 +177,7 @@ func usernsErrors(t *testing.T, e *env.Env) {
 			}
 		}
 	}
-	if left, err := filepath.Glob(e.Path("/run/vmrt/k8s.io/*")); err != nil || len(left) != 1 {
-		t.Errorf("refused pods have left %v, %v; want the folder of the pod that runs", left, err)
+	if left, err := filepath.Glob(e.Path("/run/vmrt/k8s.io/*")); err != nil || len(left) != 2 {
+		t.Errorf("refused pods have left %v, %v; want the folders of the two pods that run", left, err)
 	}
 }
