@@ -334,7 +334,7 @@ func TestStats(t *testing.T) {
 				t.Fatal(err)
 			}
 			ok := (!cpu || s.CPUTotal > 50*time.Millisecond && s.CPUUser > 0) &&
-				(!counted("memory") || s.Memory > 0 && s.MemoryLimit < noLimit) &&
+				(!counted("memory") || s.Memory > 0 && s.MemoryLimit < NoLimit) &&
 				(!counted("pids") || s.Pids == 1)
 			if ok {
 				break

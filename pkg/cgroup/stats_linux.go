@@ -25,8 +25,8 @@ type Stats struct {
 	Pids uint64
 }
 
-// noLimit is what cgroup v1 shows at least for no limit.
-const noLimit = 1 << 62
+// NoLimit is what cgroup v1 shows at least for no memory limit, in bytes.
+const NoLimit = 1 << 62
 
 // clockTicks are those of cpuacct.stat in a second: USER_HZ, which is 100 on
 // all architectures that Go runs on.
@@ -57,10 +57,47 @@ func (c *Cgroup) Stats() (Stats, error) {
 			return Stats{}, fmt.Errorf("read statistics of cgroup %s: %w", c.path, r.err)
 		}
 	}
-	if s.MemoryLimit >= noLimit {
+	if s.MemoryLimit >= NoLimit {
 		s.MemoryLimit = 0
 	}
 	return s, nil
+}
+
+// ParentMemory returns the memory limit, in bytes, of the cgroup that the one
+// named by cgroupsPath is in, as Create understands it; 0 for no limit, and where
+// it cannot be told. For a pod of Kubernetes, whose cgroupsPath is that of its
+// sandbox, the kubelet has made it before: it holds all of the pod.
+func ParentMemory(cgroupsPath, id string) (uint64, error) {
+	hs, err := hierarchies()
+	if err != nil {
+		return 0, err
+	}
+	return parentMemory(hs, cgroupsPath, id)
+}
+
+func parentMemory(hs []hierarchy, cgroupsPath, id string) (uint64, error) {
+	p, err := resolve(cgroupsPath, id)
+	if err != nil {
+		return 0, err
+	}
+	for _, pl := range placesOf(hs, filepath.Dir(p)) {
+		file := "memory.max"
+		if !pl.v2 {
+			if !pl.has("memory") {
+				continue
+			}
+			file = "memory.limit_in_bytes"
+		}
+		r := reader{dir: pl.dir}
+		limit := r.number(file)
+		if r.err != nil {
+			return 0, fmt.Errorf("read memory limit of cgroup %s: %w", filepath.Dir(p), r.err)
+		}
+		if limit > 0 && limit < NoLimit {
+			return limit, nil
+		}
+	}
+	return 0, nil
 }
 
 // reader reads control files. A file that is absent, since its controller is,

@@ -74,6 +74,7 @@ func (s *service) newSandbox(id, bundle string, pod *podConfig, options *anypb.A
 	if err != nil {
 		return err
 	}
+	pod.learnOverhead(settings)
 	memory, cpus, err := host.size(pod.limits, settings)
 	if err != nil {
 		return fmt.Errorf("size virtual machine of sandbox %s: %w", id, err)

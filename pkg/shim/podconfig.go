@@ -28,6 +28,12 @@ const (
 	containerTypeSandbox    = "sandbox"
 )
 
+// The annotations by which CRI says a pod's name.
+const (
+	annotationNamespace = "io.kubernetes.cri.sandbox-namespace"
+	annotationName      = "io.kubernetes.cri.sandbox-name"
+)
+
 // podShmBytes is the size of a pod's /dev/shm where nobody says another, which
 // is CRI's.
 const podShmBytes = 64 << 20
@@ -37,6 +43,8 @@ const podShmSource = api.PodShm
 
 // podConfig is what a virtual machine is made for.
 type podConfig struct {
+	// name is a pod's namespace and name, for messages.
+	name  string
 	netns string // a path; empty: a new one
 	// hostNetwork: the host's network instead.
 	hostNetwork bool
@@ -91,6 +99,7 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 		}
 		return p, nil
 	}
+	p.name = spec.Annotations[annotationNamespace] + "/" + spec.Annotations[annotationName]
 	if p.limits, err = annotatedLimits(spec.Annotations); err != nil {
 		return nil, err
 	}
@@ -155,6 +164,7 @@ func podOfCRI(id, netns string, options *anypb.Any) (*podConfig, error) {
 		sysctls = podSysctls(sysctls)
 	}
 	p := &podConfig{
+		name:        cfg.GetMetadata().GetNamespace() + "/" + cfg.GetMetadata().GetName(),
 		netns:       netns,
 		hostNetwork: hostNetwork,
 		cgroupsPath: criCgroup(cfg.GetLinux().GetCgroupParent(), id),

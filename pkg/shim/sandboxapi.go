@@ -17,6 +17,7 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/pkg/anchor"
+	"github.com/vmrt/vmrt/pkg/cgroup"
 	"github.com/vmrt/vmrt/pkg/sandbox"
 )
 
@@ -359,6 +360,31 @@ func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetri
 // (containerd, internal/cri/server/podsandbox, UpdatedResources).
 const updatedResources = "updated-resources"
 
+// updatedSize is the part of the extension that counts here.
+type updatedSize struct {
+	CPUPeriod int64 `json:"cpu_period"`
+	CPUQuota  int64 `json:"cpu_quota"`
+	Memory    int64 `json:"memory_limit_in_bytes"`
+}
+
+// limits returns the size of a pod with an overhead, which may be nil, as limits
+// of its containers. The kubelet (1.34 to 1.36) reads from the pod's cgroup what
+// has no limit, and takes the overhead off all the same: from -1, or from what
+// cgroup v1 shows for no memory limit.
+func (u *updatedSize) limits(overhead *updatedSize) limits {
+	l := limits{memory: u.Memory, cpuQuota: u.CPUQuota, period: u.CPUPeriod}
+	if overhead == nil {
+		overhead = &updatedSize{}
+	}
+	if l.memory >= cgroup.NoLimit || l.memory == -1-overhead.Memory {
+		l.memory = -1
+	}
+	if l.cpuQuota == -1-overhead.CPUQuota {
+		l.cpuQuota = -1
+	}
+	return l
+}
+
 // UpdateSandbox takes a pod's new size. More CPUs come online as far as the
 // machine has them; memory is the guest's from the start.
 func (s *service) UpdateSandbox(ctx context.Context, r *sandboxapi.UpdateSandboxRequest) (*sandboxapi.UpdateSandboxResponse, error) {
@@ -373,21 +399,14 @@ func (s *service) UpdateSandbox(ctx context.Context, r *sandboxapi.UpdateSandbox
 	if !ok {
 		return &sandboxapi.UpdateSandboxResponse{}, nil
 	}
-	var wanted struct {
-		Resources *struct {
-			CPUPeriod int64 `json:"cpu_period"`
-			CPUQuota  int64 `json:"cpu_quota"`
-			Memory    int64 `json:"memory_limit_in_bytes"`
-		}
-	}
+	var wanted struct{ Overhead, Resources *updatedSize }
 	if err := json.Unmarshal(ext.GetValue(), &wanted); err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("update sandbox %s: decode %s: %w: %w", r.SandboxID, updatedResources, err, errdefs.ErrInvalidArgument))
 	}
 	if wanted.Resources == nil {
 		return &sandboxapi.UpdateSandboxResponse{}, nil
 	}
-	l := limits{memory: wanted.Resources.Memory, cpuQuota: wanted.Resources.CPUQuota, period: wanted.Resources.CPUPeriod}
-	if err := s.resize(ctx, sb, l); err != nil {
+	if err := s.resize(ctx, sb, wanted.Resources.limits(wanted.Overhead)); err != nil {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("update sandbox %s: %w", r.SandboxID, err))
 	}
 	return &sandboxapi.UpdateSandboxResponse{}, nil
@@ -399,6 +418,11 @@ func (s *service) resize(ctx context.Context, sb *sandbox.Sandbox, l limits) err
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	if s.pod != nil { // else it ends now
+		l.shareMiB = s.pod.limits.shareMiB
+	}
+	s.mu.Unlock()
 	memory, cpus, err := host.size(l, sb.Settings())
 	if err != nil {
 		return err

@@ -14,10 +14,6 @@ import (
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 )
 
-// guestMiB is what a guest's kernel and agent may take of its memory: a limit
-// of the pod's is given to its containers in whole.
-const guestMiB = 64
-
 // The annotations by which CRI says what a pod may use, when the pod comes as a
 // container (containerd's podsandbox mode). Strings of decimal numbers.
 const (
@@ -26,10 +22,15 @@ const (
 	annotationMemory    = "io.kubernetes.cri.sandbox-memory"
 )
 
-// limits are what a pod may use of the host. 0 or -1 is no limit.
+// limits are what a pod's containers may use of the host. 0 or -1 is no limit.
 type limits struct {
 	memory           int64 // bytes
 	cpuQuota, period int64 // microseconds
+	// overhead is what the pod may use on the host beyond memory, in bytes; 0 or
+	// -1 when nobody says.
+	overhead int64
+	// shareMiB is what the overhead leaves for the guest's kernel and agent.
+	shareMiB int64
 }
 
 // machine is what a virtual machine must not exceed.
@@ -49,21 +50,23 @@ func thisMachine() (machine, error) {
 }
 
 // size returns the memory in MiB and the number of CPUs of a virtual machine:
-// the configuration's, more memory where the limit asks for it, and as many
-// CPUs as the limit can use. What the host does not have, or a guest cannot
-// have, is not given.
+// the configuration's, more memory where the limit and the overhead ask for it,
+// and as many CPUs as the limit can use. What the host does not have, or a guest
+// cannot have, is not given.
 func (m machine) size(l limits, settings *config.Config) (memoryMiB, cpus int, err error) {
 	memoryMiB, cpus = settings.MemoryMiB, settings.CPUs
 	switch {
 	case l.memory < -1:
 		return 0, 0, fmt.Errorf("memory limit of %d bytes: %w", l.memory, errdefs.ErrInvalidArgument)
+	case l.overhead < -1:
+		return 0, 0, fmt.Errorf("memory overhead of %d bytes: %w", l.overhead, errdefs.ErrInvalidArgument)
 	case l.cpuQuota < -1:
 		return 0, 0, fmt.Errorf("CPU quota of %d µs: %w", l.cpuQuota, errdefs.ErrInvalidArgument)
 	case l.period < 0:
 		return 0, 0, fmt.Errorf("CPU period of %d µs: %w", l.period, errdefs.ErrInvalidArgument)
 	}
 	if l.memory > 0 {
-		wanted := (l.memory-1)>>20 + 1 + guestMiB
+		wanted := l.memoryMiB() + max(l.shareMiB, guestMiB(l.memoryMiB()))
 		memoryMiB = max(memoryMiB, int(min(wanted, int64(m.memoryMiB))))
 	}
 	if l.cpuQuota > 0 && l.period > 0 {
@@ -72,6 +75,9 @@ func (m machine) size(l limits, settings *config.Config) (memoryMiB, cpus int, e
 	}
 	return memoryMiB, cpus, nil
 }
+
+// memoryMiB is the memory limit in MiB.
+func (l limits) memoryMiB() int64 { return (l.memory-1)>>20 + 1 }
 
 // specLimits returns the limits of a container that has a virtual machine of
 // its own.
@@ -105,11 +111,12 @@ func annotatedLimits(annotations map[string]string) (l limits, err error) {
 	return l, nil
 }
 
-// criLimits returns the limits in a pod's configuration. Its overhead, of which
-// CRI tells nothing in its other mode, is what the host's processes and the
-// guest's kernel may use on top of them: it bounds the pod's cgroup and does not
-// make the virtual machine larger.
+// criLimits returns the limits in a pod's configuration. The CPUs of its overhead
+// are for the processes on the host, and make the virtual machine no larger.
 func criLimits(linux *cri.LinuxPodSandboxConfig) limits {
 	r := linux.GetResources()
-	return limits{memory: r.GetMemoryLimitInBytes(), cpuQuota: r.GetCpuQuota(), period: r.GetCpuPeriod()}
+	return limits{
+		memory: r.GetMemoryLimitInBytes(), cpuQuota: r.GetCpuQuota(), period: r.GetCpuPeriod(),
+		overhead: linux.GetOverhead().GetMemoryLimitInBytes(),
+	}
 }

@@ -21,9 +21,11 @@ func TestSize(t *testing.T) {
 		{"none", limits{}, 256, 1},
 		{"none, as CRI says it", limits{memory: -1, cpuQuota: -1, period: 100000}, 256, 1},
 		{"below the default", limits{memory: 64 << 20}, 256, 1},
-		{"above the default", limits{memory: 1 << 30}, 1024 + guestMiB, 1},
-		{"a byte more", limits{memory: 1<<30 + 1}, 1025 + guestMiB, 1},
+		{"above the default", limits{memory: 1 << 30}, 1024 + 64 + 16, 1},
+		{"a byte more", limits{memory: 1<<30 + 1}, 1025 + 64 + 16, 1},
 		{"more than the host has", limits{memory: 1 << 60, cpuQuota: 1 << 60, period: 1}, 16384, 8},
+		{"what an overhead leaves, too little", limits{memory: 1 << 30, shareMiB: -1 << 43}, 1024 + 64 + 16, 1},
+		{"what an overhead leaves, without a limit", limits{shareMiB: 1024}, 256, 1},
 		{"half a CPU", limits{cpuQuota: 50000, period: 100000}, 256, 1},
 		{"two and a half CPUs", limits{cpuQuota: 250000, period: 100000}, 256, 3},
 		{"a quota without a period", limits{cpuQuota: 250000}, 256, 1},
@@ -37,7 +39,7 @@ func TestSize(t *testing.T) {
 	if _, cpus, err := large.size(limits{cpuQuota: 1 << 60, period: 1}, settings); err != nil || cpus != hypervisor.MaxCPUs {
 		t.Errorf("size() on a host with 256 CPUs = %d CPUs, %v; want the %d that a guest can have", cpus, err, hypervisor.MaxCPUs)
 	}
-	for _, l := range []limits{{memory: -2}, {cpuQuota: -2}, {period: -1}} {
+	for _, l := range []limits{{memory: -2}, {cpuQuota: -2}, {period: -1}, {memory: 1 << 30, overhead: -2}} {
 		if _, _, err := host.size(l, settings); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("size(%+v) = %v; want an invalid argument", l, err)
 		}

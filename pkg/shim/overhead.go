@@ -1,0 +1,68 @@
+package shim
+
+import (
+	"context"
+
+	"github.com/containerd/log"
+
+	"github.com/vmrt/vmrt/pkg/cgroup"
+	"github.com/vmrt/vmrt/pkg/config"
+	"github.com/vmrt/vmrt/pkg/hypervisor"
+	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
+)
+
+// A pod's overhead (RuntimeClass, overhead.podFixed.memory) is what it may use of
+// its node beyond the limits of its containers. A virtual machine pays from it
+// what runs on the host, and what is left is the guest's own.
+
+// guestMiB is the least that a guest has beyond its containers' limit of so many
+// MiB, so that they can use the whole of that: 64 MiB for kernel and agent, and
+// what the kernel keeps of each page (struct page: 64 bytes of 4096).
+func guestMiB(limitMiB int64) int64 { return 64 + limitMiB/64 }
+
+// hostMiB is what the processes that serve a virtual machine use of the host at
+// most: QEMU without the guest's memory, virtiofsd, the anchors and the kernel's
+// part of each, all in the pod's cgroup, and the shim. Measured with eight
+// processes that were busy with files (TestHostMemory), in MiB: with KVM 17
+// anonymous memory and 14 of the kernel's in the cgroup, 8 the shim; with TCG
+// 86, 17 and 5. Page tables of the guest's memory, QEMU's and KVM's, are 2 MiB a
+// GiB each.
+func hostMiB(a hypervisor.Accelerator, limitMiB int64) int64 {
+	base := int64(40)
+	if a == hypervisor.TCG {
+		base = 112 // its translations, and what it knows of them
+	}
+	return base + limitMiB/256
+}
+
+// learnOverhead fills in what a pod's overhead leaves for the guest, where the
+// containers have a limit and the overhead is known: from the pod's configuration
+// or, since containerd's podsandbox mode does not hand it over, from the limit of
+// the cgroup in which the kubelet keeps the pod, which is the sum of both.
+func (p *podConfig) learnOverhead(settings *config.Config) {
+	l := &p.limits
+	if p.open == nil || l.memory <= 0 || l.overhead < -1 {
+		return
+	}
+	if l.overhead <= 0 {
+		pod, err := cgroup.ParentMemory(p.cgroupsPath, "")
+		if err != nil || pod == 0 {
+			return // without a path there is no pod's cgroup; a bad one is for its making to refuse
+		}
+		// Less than nothing, while the pod is being resized, is nothing.
+		l.overhead = max(0, int64(pod)-l.memory)
+	}
+	wish := settings.Accelerator
+	if wish == hypervisor.Auto {
+		if found, err := accel.Choose(context.Background(), wish, accel.Config{}); err == nil {
+			wish = found.Accelerator
+		}
+	}
+	guest, host := guestMiB(l.memoryMiB()), hostMiB(wish, l.memoryMiB())
+	l.shareMiB = l.overhead>>20 - host
+	if l.shareMiB < guest {
+		log.L.WithField("pod", p.name).Warnf("the pod's overhead of %d MiB is too small for its virtual machine: "+
+			"the host may end it when its containers use the %d MiB that they may; an overhead of %d MiB is enough",
+			l.overhead>>20, l.memoryMiB(), guest+host)
+	}
+}
