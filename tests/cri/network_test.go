@@ -274,38 +274,3 @@ func TestPortForward(t *testing.T) {
 		}
 	})
 }
-
-// TestSize has virtual machines as large as their pods' limits.
-func TestSize(t *testing.T) {
-	inModes(t, func(t *testing.T, e *env.Env) {
-		p := runPod(t, e, "large", env.Object{"linux": env.Object{
-			// That of pods that name none, so that it goes with the last one.
-			"cgroup_parent": "/vmrt",
-			"resources":     env.Object{"cpu_period": 100000, "cpu_quota": 150000, "memory_limit_in_bytes": 600 << 20},
-		}})
-		id, err := p.Pod.Run(p.ctx, "one", image.BusyboxName, env.Object{
-			"command": []string{"sleep", "1000"},
-			"linux":   env.Object{"resources": env.Object{"memory_limit_in_bytes": 64 << 20}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := p.sh(id, "nproc"); got != "2" {
-			t.Errorf("nproc = %s; want 2", got)
-		}
-		var kib int
-		if _, err := fmt.Sscanf(p.sh(id, "grep MemTotal /proc/meminfo"), "MemTotal: %d kB", &kib); err != nil || kib < 600<<10 || kib > 700<<10 {
-			t.Errorf("memory = %d KiB, %v; want the limit and little more", kib, err)
-		}
-		if got := p.sh(id, "cat /sys/fs/cgroup/memory.max"); got != fmt.Sprint(64<<20) {
-			t.Errorf("the container's limit = %s; want 64 MiB", got)
-		}
-		p.crictl("update", "--memory", fmt.Sprint(96<<20), id)
-		if got := p.sh(id, "cat /sys/fs/cgroup/memory.max"); got != fmt.Sprint(96<<20) {
-			t.Errorf("the container's limit = %s; want 96 MiB", got)
-		}
-		if got := p.crictl("statsp", "--id", p.ID, "-o", "json"); !strings.Contains(got, "workingSetBytes") {
-			t.Errorf("pod's statistics = %s; want its memory", got)
-		}
-	})
-}
