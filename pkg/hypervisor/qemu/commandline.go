@@ -92,6 +92,10 @@ func needsACPI(s *hypervisor.Spec) bool {
 	return !s.CmdlineDevices || transports(s) > maxTransportsSansACPI || slices.Contains(s.Cmdline, "--")
 }
 
+// lowMemoryMiB is how much memory the machine has below 4 GiB (QEMU,
+// hw/i386/microvm.c, microvm_memory_init).
+const lowMemoryMiB = 3072
+
 // kernelArguments returns the kernel's command line: what the machine needs
 // first, so that what the spec adds can override it.
 func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
@@ -105,6 +109,11 @@ func kernelArguments(b Binary, h host, s *hypervisor.Spec) []string {
 	}
 	if !needsACPI(s) {
 		args = append(args, "acpi=off") // else it complains
+	}
+	if s.MemoryMiB > lowMemoryMiB {
+		// With memory above 4 GiB a kernel keeps 64 MiB for devices that do
+		// not reach it. virtio devices do.
+		args = append(args, "swiotlb=noforce")
 	}
 	if s.Accelerator == hypervisor.TCG {
 		args = append(args, emulationArguments(b, h, s)...)

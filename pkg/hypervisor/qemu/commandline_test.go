@@ -61,6 +61,8 @@ func TestCommandLine(t *testing.T) {
 	for range 2 { // one more device than there are transports without ACPI
 		crowded.NICs = append(crowded.NICs, crowded.NICs[0])
 	}
+	large := minimal(hypervisor.KVM)
+	large.MemoryMiB = lowMemoryMiB + 1
 	initArguments := minimal(hypervisor.TCG)
 	initArguments.CmdlineDevices, initArguments.Cmdline = true, []string{"--", "read"}
 	tests := map[string]struct {
@@ -74,6 +76,7 @@ func TestCommandLine(t *testing.T) {
 		"tcg-unknown-tsc":     {qemu10, host{}, minimal(hypervisor.TCG), testFiles()},
 		"kvm-minimal":         {qemu7, host{}, minimal(hypervisor.KVM), testFiles()},
 		"kvm-passed":          {qemu10, host{}, minimal(hypervisor.KVM), withKVM},
+		"kvm-large":           {qemu7, host{}, large, testFiles()},
 		"kvm-full":            {qemu10, host{}, full(hypervisor.KVM), testFiles()},
 		"tcg-without-seccomp": {noSandbox, host{TSCKHz: 2299998}, minimal(hypervisor.TCG), testFiles()},
 		"tcg-without-acpi":    {qemu7, host{TSCKHz: 2299998}, sansACPI, testFiles()},
