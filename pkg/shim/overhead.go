@@ -20,20 +20,25 @@ import (
 // what the kernel keeps of each page (struct page: 64 bytes of 4096).
 func guestMiB(limitMiB int64) int64 { return 64 + limitMiB/64 }
 
-// hostMiB is what the processes that serve a virtual machine use of the host at
-// most: QEMU without the guest's memory, virtiofsd, the anchors and the kernel's
-// part of each, all in the pod's cgroup, and the shim. Measured with eight
-// processes that were busy with files (TestHostMemory), in MiB: with KVM 17
-// anonymous memory and 14 of the kernel's in the cgroup, 8 the shim; with TCG
-// 86, 17 and 5. Page tables of the guest's memory, QEMU's and KVM's, are 2 MiB a
-// GiB each.
+// hostMiB is what the processes that serve a virtual machine use of the host:
+// QEMU without the guest's memory, virtiofsd, the anchors and what the kernel has
+// for them, which count in the pod's cgroup, and the shim. Measured by
+// TestHostMemory (tests/conformance), where eight processes of a container are busy
+// with files: 30 MiB with KVM, 94 with TCG, 99 with TCG and the stock kernel; with
+// five times as many files 39 with KVM and 110 with TCG, a fifth of it caches that
+// the kernel can take back. Page tables of the guest's memory, which are beside
+// that, take 2 MiB a GiB for QEMU and as much for KVM.
 func hostMiB(a hypervisor.Accelerator, limitMiB int64) int64 {
 	base := int64(40)
 	if a == hypervisor.TCG {
-		base = 112 // its translations, and what it knows of them
+		base = 112 // translated code, and what there is to know of it
 	}
 	return base + limitMiB/256
 }
+
+// passtMiB is what passt uses of the host for a pod with the host's network: its
+// static buffers, of which it touches 29 MiB at once and has 67.
+const passtMiB = 64
 
 // learnOverhead fills in what a pod's overhead leaves for the guest, where the
 // containers have a limit and the overhead is known: from the pod's configuration
@@ -59,6 +64,9 @@ func (p *podConfig) learnOverhead(settings *config.Config) {
 		}
 	}
 	guest, host := guestMiB(l.memoryMiB()), hostMiB(wish, l.memoryMiB())
+	if p.hostNetwork {
+		host += passtMiB
+	}
 	l.shareMiB = l.overhead>>20 - host
 	if l.shareMiB < guest {
 		log.L.WithField("pod", p.name).Warnf("the pod's overhead of %d MiB is too small for its virtual machine: "+

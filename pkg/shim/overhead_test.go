@@ -26,25 +26,28 @@ func TestLearnOverhead(t *testing.T) {
 		limit    int64 // MiB
 		overhead int64 // MiB
 		accel    hypervisor.Accelerator
-		memory   int    // MiB
+		memory   int // MiB
+		hostNet  bool
 		warning  string // a part of it
 	}{
-		{"not known", 1024, 0, hypervisor.KVM, 1024 + 64 + 16, ""},
-		{"as much as is needed", 1024, 64 + 16 + 40 + 4, hypervisor.KVM, 1024 + 64 + 16, ""},
-		{"a MiB less", 1024, 64 + 16 + 40 + 4 - 1, hypervisor.KVM, 1024 + 64 + 16, "overhead of 123 MiB is too small"},
-		{"emulated, it is not enough", 1024, 64 + 16 + 40 + 4, hypervisor.TCG, 1024 + 64 + 16, "an overhead of 196 MiB is enough"},
-		{"emulated, as much as is needed", 1024, 64 + 16 + 112 + 4, hypervisor.TCG, 1024 + 64 + 16, ""},
-		{"next to nothing", 1024, 1, hypervisor.KVM, 1024 + 64 + 16, "overhead of 1 MiB"},
-		{"much", 1024, 1024 + 44, hypervisor.KVM, 2048, ""},
-		{"more than the host has", 1024, 1 << 40, hypervisor.KVM, 16384, ""},
-		{"as much as there are numbers", 1024, 1<<43 - 1, hypervisor.KVM, 16384, ""},
-		{"of a pod without a limit", 0, 1024, hypervisor.KVM, 256, ""},
-		{"of a pod smaller than the default", 16, 128, hypervisor.KVM, 256, ""},
-		{"of a pod smaller than the default, much", 16, 512, hypervisor.KVM, 16 + 472, ""},
+		{"not known", 1024, 0, hypervisor.KVM, 1024 + 64 + 16, false, ""},
+		{"as much as is needed", 1024, 64 + 16 + 40 + 4, hypervisor.KVM, 1024 + 64 + 16, false, ""},
+		{"of the RuntimeClass in deploy", 1200, 128, hypervisor.KVM, 1200 + 128 - 44, false, ""},
+		{"a MiB less", 1024, 64 + 16 + 40 + 4 - 1, hypervisor.KVM, 1024 + 64 + 16, false, "overhead of 123 MiB is too small"},
+		{"emulated, it is not enough", 1024, 64 + 16 + 40 + 4, hypervisor.TCG, 1024 + 64 + 16, false, "an overhead of 196 MiB is enough"},
+		{"emulated, as much as is needed", 1024, 64 + 16 + 112 + 4, hypervisor.TCG, 1024 + 64 + 16, false, ""},
+		{"with the host's network, it is not enough", 1024, 64 + 16 + 40 + 4, hypervisor.KVM, 1024 + 64 + 16, true, "an overhead of 188 MiB is enough"},
+		{"next to nothing", 1024, 1, hypervisor.KVM, 1024 + 64 + 16, false, "overhead of 1 MiB"},
+		{"much", 1024, 1024 + 44, hypervisor.KVM, 2048, false, ""},
+		{"more than the host has", 1024, 1 << 40, hypervisor.KVM, 16384, false, ""},
+		{"as much as there are numbers", 1024, 1<<43 - 1, hypervisor.KVM, 16384, false, ""},
+		{"of a pod without a limit", 0, 1024, hypervisor.KVM, 256, false, ""},
+		{"of a pod smaller than the default", 16, 128, hypervisor.KVM, 256, false, ""},
+		{"of a pod smaller than the default, much", 16, 512, hypervisor.KVM, 16 + 472, false, ""},
 	} {
 		out.Reset()
 		p := &podConfig{
-			name: "web/front", open: &api.OpenPodRequest{},
+			name: "web/front", open: &api.OpenPodRequest{}, hostNetwork: tt.hostNet,
 			limits: limits{memory: tt.limit << 20, overhead: tt.overhead << 20},
 		}
 		settings := &config.Config{MemoryMiB: 256, CPUs: 1, Accelerator: tt.accel}
