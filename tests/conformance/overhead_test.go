@@ -66,7 +66,8 @@ func podCgroup(t *testing.T, limit int) (path, dir string) {
 }
 
 // In both modes a pod's overhead makes its virtual machine larger, by what the
-// processes on the host do not need; where it is too small for these, a warning
+// processes on the host do not need. Where it is enough, the pod fits into its
+// cgroup when its container uses all that it may; where it is too small, a warning
 // says so.
 func TestOverhead(t *testing.T) {
 	const limit = 300
@@ -93,33 +94,39 @@ func TestOverhead(t *testing.T) {
 	requireVM(t)
 	enough := 64 + limit/64 + servedMiB(t, limit)
 	warning := fmt.Sprintf("an overhead of %d MiB is enough", enough)
-	for mode, newPod := range map[string]func(*testing.T, int) *pod{"podsandbox": inCgroup, "sandbox-api": inConfig} {
-		for _, tt := range []struct {
-			name             string
-			overhead, memory int
-			warns            bool
-		}{
-			{"more than enough", enough + 200, least + 200, false},
-			{"too small", enough - 20, least, true},
-		} {
-			t.Run(mode+"/"+tt.name, func(t *testing.T) {
-				p := newPod(t, tt.overhead)
-				c := p.container(nil)
-				c.launch()
-				defer c.discard()
-				c.wantMemory(tt.memory)
-				if got := c.out("nproc"); got != "1" {
-					t.Errorf("nproc = %s; want 1, of the limit alone", got)
-				}
-				log := p.log.String()
-				if strings.Contains(log, warning) != tt.warns || strings.Contains(log, "web/front") != tt.warns {
-					t.Errorf("log warns of the overhead: %t; want %t:\n%s", !tt.warns, tt.warns, log)
-				}
-				if mode == "sandbox-api" {
-					c.checkResize(p, limit, tt.overhead)
-				}
+	for _, tt := range []struct {
+		name             string
+		newPod           func(*testing.T, int) *pod
+		overhead, memory int
+		warns            bool
+		check            func(c *shim, p *pod, overhead int)
+	}{
+		{"podsandbox/more than enough", inCgroup, enough + 200, least + 200, false, nil},
+		{"podsandbox/enough", inCgroup, enough, least, false, func(c *shim, p *pod, _ int) {
+			c.wantShell("all", fmt.Sprintf("dd if=/dev/zero of=/dev/null bs=%dM count=1 2>/dev/null && echo fits", limit-10), "fits\n")
+		}},
+		{"sandbox-api/more than enough", inConfig, enough + 200, least + 200, false, resizes(limit)},
+		{"sandbox-api/too small", inConfig, enough - 20, least, true, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := tt.newPod(t, tt.overhead)
+			c := p.container(func(spec *specs.Spec) {
+				spec.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: new(int64(limit * mib))}}
 			})
-		}
+			c.launch()
+			defer c.discard()
+			c.wantMemory(tt.memory)
+			if got := c.out("nproc"); got != "1" {
+				t.Errorf("nproc = %s; want 1, of the limit alone", got)
+			}
+			log := p.log.String()
+			if strings.Contains(log, warning) != tt.warns || strings.Contains(log, "web/front") != tt.warns {
+				t.Errorf("log warns of the overhead: %t; want %t:\n%s", !tt.warns, tt.warns, log)
+			}
+			if tt.check != nil {
+				tt.check(c, p, tt.overhead)
+			}
+		})
 	}
 }
 
@@ -133,27 +140,29 @@ func (s *shim) wantMemory(want int) {
 	}
 }
 
-// checkResize has a pod with a limit and an overhead, in MiB, keep its memory.
-func (s *shim) checkResize(p *pod, limit, overhead int) {
-	s.t.Helper()
-	for memory, is := range map[int]func(error) bool{
-		limit * mib:       func(err error) bool { return err == nil },
-		limit * mib / 2:   func(err error) bool { return err == nil },
-		(limit + 1) * mib: errdefs.IsFailedPrecondition,
-		// What the kubelet says of no limit.
-		-1 - overhead*mib: func(err error) bool { return err == nil },
-		-overhead * mib:   errdefs.IsInvalidArgument,
-	} {
-		ext := fmt.Sprintf(`{"Overhead":{"memory_limit_in_bytes":%d,"cpu_quota":25000,"cpu_period":100000},`+
-			`"Resources":{"memory_limit_in_bytes":%d,"cpu_quota":-25001,"cpu_period":100000}}`, overhead*mib, memory)
-		_, err := p.sandboxes().UpdateSandbox(p.call(), &sandboxapi.UpdateSandboxRequest{
-			SandboxID: p.id, Fields: []string{"extensions"},
-			Sandbox: &types.Sandbox{Extensions: map[string]*anypb.Any{
-				"updated-resources": {TypeUrl: "io.containerd.cri.v1/UpdatedResources", Value: []byte(ext)},
-			}},
-		})
-		if !is(nativeError(err)) {
-			s.t.Errorf("UpdateSandbox with %s = %v; want another kind", ext, err)
+// resizes has a pod with a limit and an overhead, in MiB, keep its memory.
+func resizes(limit int) func(c *shim, p *pod, overhead int) {
+	none := func(err error) bool { return err == nil }
+	return func(c *shim, p *pod, overhead int) {
+		for memory, is := range map[int]func(error) bool{
+			limit * mib:       none,
+			limit * mib / 2:   none,
+			(limit + 1) * mib: errdefs.IsFailedPrecondition,
+			// What the kubelet says of no limit.
+			-1 - overhead*mib: none,
+			-overhead * mib:   errdefs.IsInvalidArgument,
+		} {
+			ext := fmt.Sprintf(`{"Overhead":{"memory_limit_in_bytes":%d,"cpu_quota":25000,"cpu_period":100000},`+
+				`"Resources":{"memory_limit_in_bytes":%d,"cpu_quota":-25001,"cpu_period":100000}}`, overhead*mib, memory)
+			_, err := p.sandboxes().UpdateSandbox(p.call(), &sandboxapi.UpdateSandboxRequest{
+				SandboxID: p.id, Fields: []string{"extensions"},
+				Sandbox: &types.Sandbox{Extensions: map[string]*anypb.Any{
+					"updated-resources": {TypeUrl: "io.containerd.cri.v1/UpdatedResources", Value: []byte(ext)},
+				}},
+			})
+			if !is(nativeError(err)) {
+				c.t.Errorf("UpdateSandbox with %s = %v; want another kind", ext, err)
+			}
 		}
 	}
 }

@@ -251,6 +251,9 @@ func TestSandboxAPIErrors(t *testing.T) {
 		{"negative memory", resources(&cri.LinuxContainerResources{MemoryLimitInBytes: -5}), nil, errdefs.IsInvalidArgument},
 		{"negative CPU quota", resources(&cri.LinuxContainerResources{CpuQuota: -5, CpuPeriod: 100000}), nil, errdefs.IsInvalidArgument},
 		{"negative CPU period", resources(&cri.LinuxContainerResources{CpuQuota: 5, CpuPeriod: -1}), nil, errdefs.IsInvalidArgument},
+		{"negative overhead", func(c *cri.PodSandboxConfig) {
+			c.Linux.Overhead = &cri.LinuxContainerResources{MemoryLimitInBytes: -5}
+		}, nil, errdefs.IsInvalidArgument},
 		{"network namespace that vanished", nil, func(r *sandboxapi.CreateSandboxRequest) { r.NetnsPath = vanished(t) }, errdefs.IsFailedPrecondition},
 		{"network namespace that is a file", nil, func(r *sandboxapi.CreateSandboxRequest) { r.NetnsPath = "/etc/passwd" }, errdefs.IsFailedPrecondition},
 		{"other options", nil, func(r *sandboxapi.CreateSandboxRequest) { r.Options.TypeUrl = "other" }, errdefs.IsInvalidArgument},
@@ -260,7 +263,8 @@ func TestSandboxAPIErrors(t *testing.T) {
 		s.refused("CreateSandbox with "+tt.name, tt.is, create(tt.change, tt.edit))
 	}
 	// None of that has left anything: it can still be created.
-	if err := create(resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 1 << 60, CpuQuota: 1 << 50, CpuPeriod: 1000}), nil)(); err != nil {
+	absurd := &cri.LinuxContainerResources{MemoryLimitInBytes: 1 << 60, CpuQuota: 1 << 50, CpuPeriod: 1000}
+	if err := create(func(c *cri.PodSandboxConfig) { c.Linux.Resources, c.Linux.Overhead = absurd, absurd }, nil)(); err != nil {
 		t.Fatalf("CreateSandbox with absurd limits = %v; want nil", err)
 	}
 	// Meanwhile the machine starts, and leaves traces.
