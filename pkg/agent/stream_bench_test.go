@@ -97,8 +97,16 @@ func (tr *transfer) raw(mode string) (vsock.Conn, string) {
 	return conn, id
 }
 
+// ready waits until the program is about to move its bytes.
+func (tr *transfer) ready(r io.Reader) {
+	if _, err := io.ReadFull(r, make([]byte, 1)); err != nil {
+		tr.Fatalf("the program does not say that it is ready: %v", err)
+	}
+}
+
 // receive reads everything, in pieces as containerd's client does.
 func (tr *transfer) receive(r io.Reader) {
+	tr.ready(r)
 	tr.timed(func() {
 		n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{r}, make([]byte, 32<<10))
 		if n != int64(tr.size) || err != nil {
@@ -107,14 +115,22 @@ func (tr *transfer) receive(r io.Reader) {
 	})
 }
 
-// send writes everything, in such pieces.
-func (tr *transfer) send(w io.Writer) {
+// send writes everything, in such pieces, ends it, and waits until the program
+// says in r that it has come to the end.
+func (tr *transfer) send(w io.Writer, end func(), r io.Reader) {
+	tr.ready(r)
 	piece := make([]byte, 32<<10)
-	for left := tr.size; left > 0; left -= len(piece) {
-		if _, err := w.Write(piece); err != nil {
-			tr.Fatal(err)
+	tr.timed(func() {
+		for left := tr.size; left > 0; left -= len(piece) {
+			if _, err := w.Write(piece); err != nil {
+				tr.Fatal(err)
+			}
 		}
-	}
+		end()
+		if _, err := io.ReadFull(r, piece[:1]); err != nil {
+			tr.Fatalf("the program does not say that all is there: %v", err)
+		}
+	})
 }
 
 func (tr *transfer) receiveRaw() {
@@ -150,25 +166,17 @@ func (tr *transfer) receiveClient() {
 func (tr *transfer) sendRaw() {
 	conn, id := tr.raw("read")
 	defer conn.Close()
-	tr.timed(func() {
-		tr.send(conn)
-		conn.CloseWrite()
-		if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
-			tr.Fatal(err)
-		}
-	})
+	tr.send(conn, func() { conn.CloseWrite() }, conn)
 	tr.end(id)
 }
 
 func (tr *transfer) sendStream() {
-	url, in := tr.ctr.stream(tr)
+	inURL, in := tr.ctr.stream(tr)
 	defer in.Close()
-	id := tr.blast(streams{in: url}, "read", "stdio")
-	tr.timed(func() {
-		tr.send(in)
-		in.CloseWrite()
-		tr.ctr.wait(id)
-	})
+	outURL, out := tr.ctr.stream(tr)
+	defer out.Close()
+	id := tr.blast(streams{in: inURL, out: outURL}, "read", "stdio")
+	tr.send(in, func() { in.CloseWrite() }, out)
 	tr.end(id)
 }
 
@@ -180,15 +188,15 @@ func (tr *transfer) sendClient() {
 		tr.Fatal(err)
 	}
 	defer io.Close()
-	url, in := tr.ctr.stream(tr)
+	inURL, in := tr.ctr.stream(tr)
 	io.Attach(in, nil, nil)
-	id := tr.blast(streams{in: url}, "read", "stdio")
-	tr.timed(func() {
-		tr.send(client)
+	outURL, out := tr.ctr.stream(tr)
+	defer out.Close()
+	id := tr.blast(streams{in: inURL, out: outURL}, "read", "stdio")
+	tr.send(client, func() {
 		client.Close()
 		io.CloseStdin()
-		tr.ctr.wait(id)
-	})
+	}, out)
 	tr.end(id)
 }
 
