@@ -34,6 +34,8 @@ func suite(t *testing.T, m machine) {
 		{"Lifecycle", testLifecycle},
 		{"Events", testEvents},
 		{"Echo20MiB", testEcho},
+		{"Pieces", testPieces},
+		{"FileToOutput", testFileToOutput},
 		{"BurstThenDelete", testBurst},
 		{"Exec", testExec},
 		{"ExecErrors", testExecErrors},

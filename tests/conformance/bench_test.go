@@ -78,7 +78,7 @@ func BenchmarkExec(b *testing.B) {
 }
 
 // BenchmarkStdout prints the throughput of a process's output to a client's
-// FIFO; compare with the raw vsock throughput of pkg/vsock's benchmark.
+// FIFO. BenchmarkStdio of pkg/agent compares it with bare vsock in one machine.
 func BenchmarkStdout(b *testing.B) {
 	const size = 64 << 20
 	s := newShim(b, args("sleep", "10000"))
