@@ -23,11 +23,12 @@ KVM=(
 	'pkg/hypervisor/qemu ^TestIntegration(Identify|BootAndKill|SMP|Unprivileged|BadKernel|Interfaces|Share)$/^tuned$'
 	'pkg/vsock ^TestKVM$'
 	'pkg/agent ^TestKVM'
+	'pkg/network ^TestKVM'
 	'tests/conformance ^Test(Lifecycle|Exec|StdinRoundTrip|HostKill|Clock|VMKilled|ShimKilled)$'
 	'tests/lab/kvm ^TestKVM'
 )
 # What these tests would build.
-KVM_PROGRAMS=(pkg/hypervisor/qemu/testdata/init pkg/vsock/internal/vsockguest)
+KVM_PROGRAMS=(pkg/hypervisor/qemu/testdata/init pkg/vsock/internal/vsockguest pkg/network/internal/probe/guest)
 KVM_TIMEOUT=${KVM_TIMEOUT:-20m} # of a nested machine
 KVM_TEST_TIMEOUT=10m            # of a package in it
 # The tests for which the versions of QEMU and virtiofsd matter.

@@ -55,6 +55,7 @@ type machine struct {
 	t     testing.TB
 	pod   netns
 	net   *network.Network
+	vmm   int // QEMU's process
 	agent api.AgentClient
 	probe *rpc.Client
 }
@@ -62,7 +63,6 @@ type machine struct {
 // machineSpec is how a test wants its machine.
 type machineSpec struct {
 	kind    string // of guest files; tuned if empty
-	wish    hypervisor.Accelerator
 	vsock   string
 	cpus    int
 	spares  int
@@ -81,7 +81,7 @@ func boot(t testing.TB, pod netns, s machineSpec) *machine {
 	initrd := testInitrd(t, filepath.Join(files, guest.InitramfsFile))
 	ctx, cancel := context.WithTimeout(t.Context(), bootTimeout)
 	defer cancel()
-	verdict, err := accel.Choose(ctx, orElse(s.wish, hypervisor.Auto), accel.Config{})
+	accelerator, err := platform.Accelerator(ctx, accel.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +102,7 @@ func boot(t testing.TB, pod netns, s machineSpec) *machine {
 			fmt.Fprintln(&console, line)
 		},
 	}, hypervisor.Spec{
-		Name: "network-test", Accelerator: verdict.Accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
+		Name: "network-test", Accelerator: accelerator, CPUs: max(s.cpus, 1), MemoryMiB: 256,
 		Kernel: filepath.Join(files, guest.KernelFile), Initrd: initrd,
 		// The kernel's dummy driver makes one of its own.
 		Cmdline: append([]string{fmt.Sprintf("%s=%d", api.CmdlinePort, transport.HostPort()), "dummy.numdummies=0"}, s.cmdline...),
@@ -129,6 +129,7 @@ func boot(t testing.TB, pod netns, s machineSpec) *machine {
 			f.Close()
 		}
 	}
+	m.vmm = vm.Pid()
 	m.net.ReleaseFiles()
 	go func() {
 		select {

@@ -5,7 +5,6 @@ package network_test
 import (
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -15,8 +14,6 @@ import (
 
 	"github.com/vmrt/vmrt/api"
 	"github.com/vmrt/vmrt/guest"
-	"github.com/vmrt/vmrt/pkg/hypervisor"
-	"github.com/vmrt/vmrt/pkg/vsock"
 	"github.com/vmrt/vmrt/tests/probe"
 )
 
@@ -302,43 +299,6 @@ func testBriefly(t *testing.T, from, to end, ip string) {
 		if _, err := from.RoundTrips(x); err != nil {
 			t.Errorf("round trip: %v", err)
 		}
-	}
-}
-
-// TestKVMNetwork runs in the nested machine, where the kernel serves the
-// devices.
-func TestKVMNetwork(t *testing.T) {
-	vmTest(t)
-	for _, dev := range []string{"/dev/kvm", "/dev/vhost-vsock", "/dev/vhost-net"} {
-		if _, err := os.Stat(dev); err != nil {
-			if os.Getenv("VMRT_LAB") != "" {
-				t.Fatal(err)
-			}
-			t.Skipf("needs %s: run `make test-kvm`", dev)
-		}
-	}
-	out, pod := newNetNS(t), newNetNS(t)
-	bridges(out)
-	attach(pod, out, "eth0", 0, 2)
-	m := boot(t, pod, machineSpec{wish: hypervisor.KVM, vsock: vsock.Vhost, cpus: 2, spares: 1})
-	h := hostEnd(out)
-	for _, e := range []end{h, m} {
-		if err := e.Serve(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	testBriefly(t, m, h, "10.1.0.1")
-	testBriefly(t, h, m, "10.1.0.2")
-	testBriefly(t, h, m, "fd00:1::2")
-	attach(pod, out, "net1", 1, 2)
-	if err := m.net.Update(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	m.configure(t.Context())
-	testBriefly(t, h, m, "10.2.0.2")
-	testBriefly(t, m, h, "fd00:2::1")
-	if t.Failed() {
-		t.Logf("the guest's counters:\n%s%s", m.run("cat /proc/net/snmp"), m.run("cat /proc/net/dev"))
 	}
 }
 
