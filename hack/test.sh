@@ -53,9 +53,10 @@ prepare() {
 
 # kvm runs test programs, compiled here, in a nested machine. What has failed
 # there, or was not reached, gets a second machine: the first one's processor is
-# emulated, and now and then loses an interrupt of the machines within or brings
-# down its own kernel. Both runs are shown and the second counts. The events of
-# what counts are printed.
+# emulated, and now and then a CPU of it takes no interrupts any more after a
+# machine within has run on it (the lab notices, and ends the machine), or its
+# kernel panics. Both runs are shown and the second counts. The events of what
+# counts are printed.
 kvm() {
 	local entry dir run program
 	# Not local: the trap reads it when the function has returned.

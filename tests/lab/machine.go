@@ -60,6 +60,19 @@ func (m *machine) run(ctx context.Context) (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	pulse, beats, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer pulse.Close()
+	defer beats.Close()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		if err := watch(pulse, dead); err != nil {
+			cancel(err)
+		}
+	}()
 	var console bytes.Buffer
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
 	cmd.Stdout = struct{ io.Writer }{m.Stdout} // a pipe, which QEMU can open by name
@@ -67,11 +80,12 @@ func (m *machine) run(ctx context.Context) (code int, err error) {
 	if m.Console != nil {
 		cmd.Stderr = io.MultiWriter(&console, m.Console)
 	}
+	cmd.ExtraFiles = []*os.File{beats} // descriptor 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = 10 * time.Second
 	err = cmd.Run()
 	if ctx.Err() != nil {
-		return 0, fmt.Errorf("%w; end of its console:\n%s", ctx.Err(), lastLines(console.String(), 20))
+		return 0, fmt.Errorf("%w; end of its console:\n%s", context.Cause(ctx), lastLines(console.String(), 20))
 	}
 	if err != nil {
 		return 0, fmt.Errorf("run the nested machine: %w:\n%s", err, lastLines(console.String(), 20))
@@ -89,7 +103,8 @@ func (m *machine) run(ctx context.Context) (code int, err error) {
 }
 
 // args is QEMU's command line. Output is port 1 on stdout, the exit code
-// port 2 in a file, the console stderr.
+// port 2 in a file, the pulse of the CPUs port 3 on descriptor 3, the console
+// stderr.
 func (m *machine) args(kernel, initrd, status string) ([]string, error) {
 	// Calibration against an emulated timer is slow and at times hangs.
 	khz, err := hostcpu.TSCKHz()
@@ -109,6 +124,7 @@ func (m *machine) args(kernel, initrd, status string) ([]string, error) {
 		// Not a stdio chardev: its port closes when standard input ends.
 		"-chardev", "file,id=output,path=/dev/stdout", "-device", "virtserialport,nr=1,chardev=output",
 		"-chardev", "file,id=status,path=" + status, "-device", "virtserialport,nr=2,chardev=status",
+		"-chardev", "file,id=pulse,path=/dev/fd/3", "-device", "virtserialport,nr=3,chardev=pulse",
 		"-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
 		"-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
 	}

@@ -10,8 +10,9 @@
 // HOME, XDG_CACHE_HOME and VMRT_* variables; TMPDIR is a tmpfs. What it writes
 // below the folder of -out comes back, and so do its output and its exit code.
 // The exit code is 124 when the time is over and 125 when the lab itself
-// fails. Everything runs about ten times slower than outside, and a virtual
-// machine inside slower still.
+// fails, or one of the machine's CPUs takes no interrupts any more. Everything
+// runs about ten times slower than outside, and a virtual machine inside slower
+// still.
 package main
 
 import (
