@@ -203,6 +203,8 @@ func rewriteLinux(in Input, src *specs.Spec, rep *report) (*specs.Linux, error) 
 		return nil, err
 	}
 	out := &specs.Linux{
+		UIDMappings:       l.UIDMappings, // crun gives the cgroup to their root
+		GIDMappings:       l.GIDMappings,
 		Sysctl:            l.Sysctl,
 		CgroupsPath:       path.Join(CgroupRoot, in.ID),
 		RootfsPropagation: l.RootfsPropagation,

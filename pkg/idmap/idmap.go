@@ -84,7 +84,8 @@ func overlap(a, aSize, b, bSize uint32) bool {
 	return uint64(a) < uint64(b)+uint64(bSize) && uint64(b) < uint64(a)+uint64(aSize)
 }
 
-// Root returns the outside ids of the namespace's root. Check has succeeded.
+// Root returns the outside ids of the namespace's root, which without a
+// namespace is the host's: 0, 0.
 func (m Mapping) Root() (uid, gid uint32) { return root(m.UIDs), root(m.GIDs) }
 
 func root(list []specs.LinuxIDMapping) uint32 {

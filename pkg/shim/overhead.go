@@ -40,6 +40,10 @@ func hostMiB(a hypervisor.Accelerator, limitMiB int64) int64 {
 // static buffers, of which it touches 29 MiB at once and has 67.
 const passtMiB = 64
 
+// maxInferred bounds an overhead that is told from a cgroup, in bytes: where there
+// is more, that is not the pod's own cgroup but one for many.
+const maxInferred = 1 << 30
+
 // learnOverhead fills in what a pod's overhead leaves for the guest, where the
 // containers have a limit and the overhead is known: from the pod's configuration
 // or, since containerd's podsandbox mode does not hand it over, from the limit of
@@ -49,14 +53,17 @@ func (p *podConfig) learnOverhead(settings *config.Config) {
 	if p.open == nil || l.memory <= 0 || l.overhead < -1 {
 		return
 	}
+	// Without a path there is no pod's cgroup; a bad one is for its making to refuse.
+	pod, err := cgroup.ParentMemory(p.cgroupsPath, "")
 	if l.overhead <= 0 {
-		pod, err := cgroup.ParentMemory(p.cgroupsPath, "")
-		if err != nil || pod == 0 {
-			return // without a path there is no pod's cgroup; a bad one is for its making to refuse
+		if err != nil || pod == 0 || int64(pod)-l.memory > maxInferred {
+			return
 		}
 		// Less than nothing, while the pod is being resized, is nothing.
 		l.overhead = max(0, int64(pod)-l.memory)
 	}
+	// Where some of the containers have no limit, nor has the pod.
+	unbounded := err == nil && pod == 0
 	wish := settings.Accelerator
 	if wish == hypervisor.Auto {
 		if found, err := accel.Choose(context.Background(), wish, accel.Config{}); err == nil {
@@ -68,7 +75,7 @@ func (p *podConfig) learnOverhead(settings *config.Config) {
 		host += passtMiB
 	}
 	l.shareMiB = l.overhead>>20 - host
-	if l.shareMiB < guest {
+	if l.shareMiB < guest && !unbounded {
 		log.L.WithField("pod", p.name).Warnf("the pod's overhead of %d MiB is too small for its virtual machine: "+
 			"the host may end it when its containers use the %d MiB that they may; an overhead of %d MiB is enough",
 			l.overhead>>20, l.memoryMiB(), guest+host)

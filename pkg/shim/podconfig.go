@@ -78,7 +78,7 @@ func podOfSpec(spec *specs.Spec) (*podConfig, error) {
 	p.cgroupsPath = spec.Linux.CgroupsPath
 	var err error
 	if p.ids, err = guestspec.IDs(spec.Linux); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("user namespace: %w", err)
 	}
 	ns := map[specs.LinuxNamespaceType]string{}
 	for _, n := range spec.Linux.Namespaces {

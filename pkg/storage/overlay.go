@@ -74,7 +74,7 @@ func (p *prepared) prepareOverlay() error {
 
 // open opens a layer and returns its name in the stage.
 func (p *prepared) open(dir string, ids idmap.Mapping) (string, error) {
-	t, err := openTree(dir, BindOptions{IDs: ids}, p.legacy)
+	t, err := openTree(dir, BindOptions{IDs: ids, userns: p.userns}, p.legacy)
 	if err != nil {
 		return "", err
 	}

@@ -107,12 +107,16 @@ type prepared struct {
 	// strings name them by their index.
 	trees  []*tree
 	ids    idmap.Mapping
+	userns *os.File // of ids
 	legacy bool
 }
 
 func (p *prepared) close() {
 	if p.file != nil {
 		p.file.Close()
+	}
+	if p.userns != nil {
+		p.userns.Close()
 	}
 	for _, t := range p.trees {
 		t.close()
@@ -127,6 +131,11 @@ func prepare(m mount.Mount, legacy bool) (*prepared, error) {
 	}
 	m.Options = options
 	p := &prepared{mount: m, ids: ids, legacy: legacy}
+	if !ids.IsZero() {
+		if p.userns, err = newUserNamespace(ids); err != nil {
+			return nil, err
+		}
+	}
 	switch {
 	case strings.Contains(m.Type, "/") || strings.HasPrefix(m.Type, "fuse"):
 		err = fmt.Errorf("type %q: %w", m.Type, errors.ErrUnsupported)
@@ -170,7 +179,7 @@ func takeIDs(options []string) (ids idmap.Mapping, rest []string, err error) {
 }
 
 func (p *prepared) prepareBind() error {
-	o := BindOptions{IDs: p.ids, RecursiveIDs: true}
+	o := BindOptions{IDs: p.ids, RecursiveIDs: true, userns: p.userns}
 	for _, name := range p.mount.Options {
 		switch name {
 		case "rbind":

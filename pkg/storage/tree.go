@@ -34,6 +34,8 @@ type BindOptions struct {
 	IDs idmap.Mapping
 	// RecursiveIDs maps them on the mounts below the source too.
 	RecursiveIDs bool
+	// userns is the user namespace of IDs, if there is one already.
+	userns *os.File
 }
 
 // tree is a detached copy of a mount of the host, or of a part of it.
@@ -149,10 +151,28 @@ func (o BindOptions) set(fd int) error {
 			return fmt.Errorf("mount_setattr read-only: %w", err)
 		}
 	}
-	if o.IDs.IsZero() {
+	switch {
+	case o.IDs.IsZero():
 		return nil
+	case o.userns != nil:
+		return mapIDs(fd, o.userns, o.RecursiveIDs)
 	}
-	return mapIDs(fd, o.IDs, o.RecursiveIDs)
+	userns, err := newUserNamespace(o.IDs)
+	if err != nil {
+		return err
+	}
+	defer userns.Close()
+	return mapIDs(fd, userns, o.RecursiveIDs)
+}
+
+// newUserNamespace makes one for id-mapped mounts, which lives as long as the
+// file. It takes a process.
+func newUserNamespace(ids idmap.Mapping) (*os.File, error) {
+	f, err := mount.GetUsernsFD(idmap.Format(ids.UIDs), idmap.Format(ids.GIDs))
+	if err != nil {
+		return nil, fmt.Errorf("make user namespace of an id-mapped mount: %w", err)
+	}
+	return f, nil
 }
 
 // MapsIDs reports whether the host's kernel has id-mapped mounts, which came
@@ -161,26 +181,24 @@ func MapsIDs() bool {
 	return unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{}) != unix.ENOSYS
 }
 
-// mapIDs makes the detached mount at fd, or all mounts there, id-mapped ones.
-func mapIDs(fd int, ids idmap.Mapping, recursive bool) error {
-	userns, err := mount.GetUsernsFD(idmap.Format(ids.UIDs), idmap.Format(ids.GIDs))
-	if err != nil {
-		return fmt.Errorf("make user namespace of an id-mapped mount: %w", err)
-	}
-	defer userns.Close()
-	flags := uint(unix.AT_EMPTY_PATH)
+// mapIDs makes the detached mount at fd, or all mounts there, id-mapped ones
+// (can_idmap_mount in fs/namespace.c has the errors).
+func mapIDs(fd int, userns *os.File, recursive bool) error {
+	flags, what := uint(unix.AT_EMPTY_PATH), "the file system"
 	if recursive {
-		flags |= unix.AT_RECURSIVE
+		flags, what = flags|unix.AT_RECURSIVE, "the file system, or one that is mounted below,"
 	}
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd())}
-	err = unix.MountSetattr(fd, "", flags, &attr)
-	if err == unix.EINVAL { // can_idmap_mount in fs/namespace.c
-		return fmt.Errorf("id-mapped mount: the file system cannot be mounted so: %w", err)
+	err := unix.MountSetattr(fd, "", flags, &attr)
+	switch err {
+	case nil:
+		return nil
+	case unix.EINVAL:
+		return fmt.Errorf("id-mapped mount: %s cannot be mounted so: %w", what, err)
+	case unix.EPERM:
+		return fmt.Errorf("id-mapped mount: %s is mounted so already: %w", what, err)
 	}
-	if err != nil {
-		return fmt.Errorf("id-mapped mount: mount_setattr: %w", err)
-	}
-	return nil
+	return fmt.Errorf("id-mapped mount: mount_setattr: %w", err)
 }
 
 // setPropagation and setByRemount do for the mount at path what set does, by

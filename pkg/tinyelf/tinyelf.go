@@ -23,6 +23,7 @@ import (
 // (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
 type Syscalls struct {
 	Read, Write, Prctl, Setgroups, Setresgid, Setresuid, Capset, CloseRange, Ppoll, RtSigaction, Exit uint32
+	Mount, Umount2, PivotRoot, Chdir                                                                  uint32
 }
 
 // assembler emits the few instructions that programs are made of. Arguments
@@ -57,6 +58,7 @@ var architectures = map[string]architecture{
 		syscalls: Syscalls{
 			Read: 0, Write: 1, Prctl: 157, Setgroups: 116, Setresgid: 119, Setresuid: 117,
 			Capset: 126, CloseRange: 436, Ppoll: 271, RtSigaction: 13, Exit: 60,
+			Mount: 165, Umount2: 166, PivotRoot: 155, Chdir: 80,
 		},
 		newAsm: func() assembler { return new(amd64) },
 	},
@@ -65,6 +67,7 @@ var architectures = map[string]architecture{
 		syscalls: Syscalls{
 			Read: 63, Write: 64, Prctl: 167, Setgroups: 159, Setresgid: 149, Setresuid: 147,
 			Capset: 91, CloseRange: 436, Ppoll: 73, RtSigaction: 134, Exit: 93,
+			Mount: 40, Umount2: 39, PivotRoot: 41, Chdir: 49,
 		},
 		newAsm: func() assembler { return new(arm64) },
 	},

@@ -6,7 +6,7 @@ const cgroups = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"
 const userns = "cat /proc/self/uid_map /proc/self/gid_map; id; stat -c '%n %u:%g' / /bin /dev/null /dev/shm /mnt /mnt/mapped; " +
 	"echo reopened > /dev/stdout; echo written > /file && chown 7:8 /file && stat -c '%n %u:%g' /file; touch /mnt/made; touch /mnt/mapped && echo touched; " +
 	"hostname renamed && hostname; ip link set lo down && echo lo is down; ip link set lo up; mount -t tmpfs t /tmp; " +
-	"ls /sys/class/net; ls -d /sys/fs/cgroup; echo 1 > /proc/sys/net/ipv4/ip_forward; echo 5 > /proc/sys/kernel/pid_max; cat /proc/1/comm; nc -h 2>&1 | head -n 1"
+	"ls /sys/class/net | grep -x lo; ls -d /sys/fs/cgroup; echo 1 > /proc/sys/net/ipv4/ip_forward; echo 5 > /proc/sys/kernel/pid_max; cat /proc/1/comm; nc -h 2>&1 | head -n 1"
 
 // ctrScenarios are what ctr can do.
 var ctrScenarios = []scenario{

@@ -60,8 +60,9 @@ var nerdctlScenarios = []scenario{
 	}},
 	{"restart", [][]string{
 		{"RUN", "-d", "--name", "box", busybox, "sh", "-c", "echo run >> /runs; wc -l < /runs; exec sleep 1000"},
+		{"UNTIL", "1\n", "logs", "box"},
 		{"restart", "-t", "0", "box"},
-		{"exec", "box", "wc", "-l", "/runs"},
+		{"UNTIL", "1\n2\n", "logs", "box"},
 		{"rm", "-f", "box"},
 	}},
 	{"commit", [][]string{

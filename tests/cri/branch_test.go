@@ -63,6 +63,7 @@ func testLongTermBranch(t *testing.T, e *env.Env) {
 	if got := p.sh(p.run("again", "sleep 1000"), "echo new"); got != "new" {
 		t.Errorf("a new container says %q; want new", got)
 	}
+	p.awaitLog("log", "line 20\n") // it goes on
 	p.crictl("stop", "-t", "0", log)
 	checkLines(t, filepath.Join(p.LogDir, "log.log"), 0)
 	p.crictl("rm", log)

@@ -56,6 +56,15 @@ var links = map[string]string{
 	"/dev/stderr": "/proc/self/fd/2",
 }
 
+// deviceModes are the modes of devices that udev gives others than the kernel
+// does (rules.d/50-udev-default.rules). A container in a user namespace gets the
+// machine's own devices, not new ones with the mode that the host's have.
+var deviceModes = map[string]uint32{
+	"/dev/fuse":    0o666,
+	"/dev/net/tun": 0o666,
+	"/dev/kvm":     0o666,
+}
+
 // path is where the OCI runtime is found.
 const path = "/bin:/sbin:/usr/bin:/usr/sbin"
 
@@ -103,6 +112,7 @@ func Late(p *Phases) error {
 		{"sysctls", setSysctls},
 		{"runtime", func() error { return sealRuntime(api.Runtime) }},
 		{"late-modules", lateModules},
+		{"device-modes", func() error { return setModes(deviceModes) }},
 	} {
 		errs = append(errs, step.do())
 		p.Mark(step.name)
@@ -161,6 +171,17 @@ func linkAll(links map[string]string) error {
 	for name, target := range links {
 		if err := unix.Symlink(target, name); err != nil && err != unix.EEXIST {
 			errs = append(errs, &os.PathError{Op: "symlink", Path: name, Err: err})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// setModes changes the modes of those files that there are.
+func setModes(modes map[string]uint32) error {
+	var errs []error
+	for name, mode := range modes {
+		if err := unix.Chmod(name, mode); err != nil && err != unix.ENOENT {
+			errs = append(errs, &os.PathError{Op: "chmod", Path: name, Err: err})
 		}
 	}
 	return errors.Join(errs...)

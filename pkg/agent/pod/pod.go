@@ -242,7 +242,7 @@ func (p *Pod) keep(source, kind string) error {
 func (p *Pod) startInit() error {
 	var cmd *exec.Cmd
 	var exits chan runc.Exit
-	err := pause.Start(syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, func(c *exec.Cmd) (err error) {
+	err := pause.Start(filepath.Dir(p.namespaces), syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, func(c *exec.Cmd) (err error) {
 		cmd = c
 		exits, err = reaper.Default.Start(c)
 		return err

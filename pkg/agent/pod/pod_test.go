@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/sys/reaper"
 	"github.com/containerd/errdefs"
@@ -70,6 +71,12 @@ func TestPod(t *testing.T) {
 func newPod(t *testing.T) *Pod {
 	t.Helper()
 	dir := t.TempDir()
+	// As the guest's are: the root of a user namespace may pass.
+	for _, d := range []string{filepath.Dir(dir), dir} {
+		if err := os.Chmod(d, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
 	return &Pod{namespaces: filepath.Join(dir, "ns"), shm: filepath.Join(dir, "shm")}
 }
 
@@ -118,6 +125,7 @@ func testOpenClose(t *testing.T) {
 	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || string(cmdline) != "/pause\x00" {
 		t.Errorf("first process = %q, %v; want /pause", cmdline, err)
 	}
+	checkPause(t, pid)
 	if err := p.Open(r); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("second Open = %v; want already exists", err)
 	}
@@ -137,6 +145,37 @@ func testOpenClose(t *testing.T) {
 		t.Errorf("Open after Close = %v; want nil", err)
 	}
 	p.Close()
+}
+
+// checkPause: who shares the pid namespace finds nothing in its first process.
+func checkPause(t *testing.T, pid int) {
+	t.Helper()
+	status := func() string {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(strings.Fields(string(b)), " ")
+	}
+	// What it does first takes no time, but nobody waits for it.
+	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(status(), "CapPrm: 0000000000000000 CapEff: 0000000000000000"); {
+		if time.Now().After(deadline) {
+			t.Fatalf("first process keeps its capabilities: %s", status())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if !strings.Contains(status(), "NoNewPrivs: 1") {
+		t.Errorf("first process may gain privileges: %s", status())
+	}
+	for _, dir := range []string{"root", "root/..", "root/../../..", "cwd/.."} {
+		if names, err := filepath.Glob(fmt.Sprintf("/proc/%d/%s/*", pid, dir)); err != nil || len(names) > 0 {
+			t.Errorf("%s of the first process has %v, %v; want nothing", dir, names, err)
+		}
+	}
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil || strings.Count(string(mounts), "\n") != 1 {
+		t.Errorf("mounts of the first process = %s, %v; want its root alone", mounts, err)
+	}
 }
 
 // testUserNamespace: the namespaces are there already, and what they hold is
@@ -184,6 +223,7 @@ func testUserNamespace(t *testing.T) {
 			t.Errorf("%s of the first process = %q, %v; want %s", path, got, err, want)
 		}
 	}
+	checkPause(t, pid)
 	user, err := os.Stat(p.namespaces + "/user")
 	if err != nil {
 		t.Fatal(err)

@@ -84,7 +84,7 @@ func Make(m idmap.Mapping, dir string) (first int, err error) {
 	if err := m.Check(); err != nil {
 		return 0, err
 	}
-	if first, err = start(m); err != nil {
+	if first, err = start(m, filepath.Dir(dir)); err != nil {
 		return 0, err
 	}
 	if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -98,15 +98,16 @@ func Make(m idmap.Mapping, dir string) (first int, err error) {
 	return first, nil
 }
 
-// start starts a first process in new namespaces and returns its pid.
-func start(m idmap.Mapping) (pid int, err error) {
+// start starts a first process in new namespaces and returns its pid. dir is for
+// pause.Start.
+func start(m idmap.Mapping, dir string) (pid int, err error) {
 	attr := syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID,
 		// The namespace's root, whom ps shows as such.
 		Credential:  &syscall.Credential{},
 		UidMappings: extents(m.UIDs), GidMappings: extents(m.GIDs), GidMappingsEnableSetgroups: true,
 	}
-	err = pause.Start(attr, func(cmd *exec.Cmd) error {
+	err = pause.Start(dir, attr, func(cmd *exec.Cmd) error {
 		err := cmd.Start()
 		if err == nil {
 			pid = cmd.Process.Pid
