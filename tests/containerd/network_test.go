@@ -38,9 +38,11 @@ func TestNerdctlNetworks(t *testing.T) {
 		}
 	})
 	run := []string{"run", "-d", "--runtime", runtimeName}
+	// This one's port has the portmap plugin make its chains. nerdctl sets up the
+	// next one's two networks at once, and portmap races with itself for them.
+	nerdctl(append(run, "--name", "client", "-p", "18089:8080", "--net", "other", image.BusyboxName, "sleep", "1000")...)
 	nerdctl(append(run, "--name", "web", "-p", "18088:8080", "--net", "bridge", "--net", "other", image.BusyboxName,
 		"sh", "-c", "mkdir /srv; echo web > /srv/index.html; exec httpd -f -p 8080 -h /srv")...)
-	nerdctl(append(run, "--name", "client", "--net", "other", image.BusyboxName, "sleep", "1000")...)
 
 	addresses := map[string]string{}
 	for _, name := range []string{"eth0", "eth1"} {
