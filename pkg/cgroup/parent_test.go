@@ -58,16 +58,16 @@ func TestParentMemory(t *testing.T) {
 		{"hybrid", systemd, 128 << 20},
 	} {
 		t.Run(fmt.Sprintf("%s %s", tt.kind, tt.path), func(t *testing.T) {
-			if got, err := parentMemory(kinds[tt.kind], tt.path, ""); err != nil || got != tt.want {
+			if got, err := parentMemory(kinds[tt.kind], tt.path); err != nil || got != tt.want {
 				t.Errorf("parentMemory(%q) = %d, %v; want %d", tt.path, got, err, tt.want)
 			}
 		})
 	}
-	if got, err := parentMemory(kinds["v2"], "/kubepods/odd/id", ""); err == nil {
+	if got, err := parentMemory(kinds["v2"], "/kubepods/odd/id"); err == nil {
 		t.Errorf("parentMemory with a limit of %q = %d; want an error", "much", got)
 	}
 	for _, path := range []string{"", "/", "x:y:z"} {
-		if got, err := parentMemory(kinds["v2"], path, ""); !errdefs.IsInvalidArgument(err) {
+		if got, err := parentMemory(kinds["v2"], path); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("parentMemory(%q) = %d, %v; want an invalid argument", path, got, err)
 		}
 	}

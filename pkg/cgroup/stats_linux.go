@@ -67,16 +67,16 @@ func (c *Cgroup) Stats() (Stats, error) {
 // named by cgroupsPath is in, as Create understands it; 0 for no limit, and where
 // it cannot be told. For a pod of Kubernetes, whose cgroupsPath is that of its
 // sandbox, the kubelet has made it before: it holds all of the pod.
-func ParentMemory(cgroupsPath, id string) (uint64, error) {
+func ParentMemory(cgroupsPath string) (uint64, error) {
 	hs, err := hierarchies()
 	if err != nil {
 		return 0, err
 	}
-	return parentMemory(hs, cgroupsPath, id)
+	return parentMemory(hs, cgroupsPath)
 }
 
-func parentMemory(hs []hierarchy, cgroupsPath, id string) (uint64, error) {
-	p, err := resolve(cgroupsPath, id)
+func parentMemory(hs []hierarchy, cgroupsPath string) (uint64, error) {
+	p, err := resolve(cgroupsPath, "")
 	if err != nil {
 		return 0, err
 	}

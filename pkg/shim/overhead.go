@@ -54,7 +54,7 @@ func (p *podConfig) learnOverhead(settings *config.Config) {
 		return
 	}
 	// Without a path there is no pod's cgroup; a bad one is for its making to refuse.
-	pod, err := cgroup.ParentMemory(p.cgroupsPath, "")
+	pod, err := cgroup.ParentMemory(p.cgroupsPath)
 	if l.overhead <= 0 {
 		if err != nil || pod == 0 || int64(pod)-l.memory > maxInferred {
 			return

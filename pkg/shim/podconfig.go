@@ -288,12 +288,12 @@ func (p *podConfig) writeFiles(dir string) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
+	uid, gid := p.ids.Root()
 	for destination, content := range p.files {
 		path := filepath.Join(dir, filepath.Base(destination))
 		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 			return err
 		}
-		uid, gid := p.ids.Root()
 		if err := os.Chown(path, int(uid), int(gid)); err != nil {
 			return err
 		}

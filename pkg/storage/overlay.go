@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/vmrt/vmrt/pkg/idmap"
 )
 
 // The layers of an overlay must be mounted in the mount namespace of the thread
@@ -59,7 +57,7 @@ func (p *prepared) prepareOverlay() error {
 			names = append(names, "")
 			continue
 		}
-		name, err := p.open(l, p.ids)
+		name, err := p.open(l, p.mapped)
 		if err != nil {
 			return err
 		}
@@ -73,8 +71,8 @@ func (p *prepared) prepareOverlay() error {
 }
 
 // open opens a layer and returns its name in the stage.
-func (p *prepared) open(dir string, ids idmap.Mapping) (string, error) {
-	t, err := openTree(dir, BindOptions{IDs: ids, userns: p.userns}, p.legacy)
+func (p *prepared) open(dir string, o BindOptions) (string, error) {
+	t, err := openTree(dir, o, p.legacy)
 	if err != nil {
 		return "", err
 	}
@@ -98,7 +96,7 @@ func (p *prepared) openUpper(upper, work string) (u, w string, err error) {
 	for !strings.HasPrefix(work+"/", strings.TrimSuffix(common, "/")+"/") {
 		common = filepath.Dir(common)
 	}
-	name, err := p.open(common, idmap.Mapping{}) // containerd has made it the root's outside
+	name, err := p.open(common, BindOptions{}) // containerd has made it the root's outside
 	if err != nil {
 		return "", "", err
 	}

@@ -105,9 +105,9 @@ type prepared struct {
 	// trees are a bind's source, or an overlay's folders: the one that holds
 	// the upper and the work folder, if any, then the lower ones. Option
 	// strings name them by their index.
-	trees  []*tree
-	ids    idmap.Mapping
-	userns *os.File // of ids
+	trees []*tree
+	// mapped are the options of trees whose ids are mapped; zero if none are.
+	mapped BindOptions
 	legacy bool
 }
 
@@ -115,8 +115,8 @@ func (p *prepared) close() {
 	if p.file != nil {
 		p.file.Close()
 	}
-	if p.userns != nil {
-		p.userns.Close()
+	if p.mapped.userns != nil {
+		p.mapped.userns.Close()
 	}
 	for _, t := range p.trees {
 		t.close()
@@ -130,9 +130,10 @@ func prepare(m mount.Mount, legacy bool) (*prepared, error) {
 		return nil, err
 	}
 	m.Options = options
-	p := &prepared{mount: m, ids: ids, legacy: legacy}
+	p := &prepared{mount: m, legacy: legacy}
 	if !ids.IsZero() {
-		if p.userns, err = newUserNamespace(ids); err != nil {
+		p.mapped.IDs = ids
+		if p.mapped.userns, err = newUserNamespace(ids); err != nil {
 			return nil, err
 		}
 	}
@@ -179,7 +180,8 @@ func takeIDs(options []string) (ids idmap.Mapping, rest []string, err error) {
 }
 
 func (p *prepared) prepareBind() error {
-	o := BindOptions{IDs: p.ids, RecursiveIDs: true, userns: p.userns}
+	o := p.mapped
+	o.RecursiveIDs = true
 	for _, name := range p.mount.Options {
 		switch name {
 		case "rbind":

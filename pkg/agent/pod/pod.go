@@ -13,6 +13,7 @@ package pod
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -133,26 +134,19 @@ func (p *Pod) enter(r *api.OpenPodRequest) error {
 // are the namespace's root's alone, whom it becomes for them.
 func (p *Pod) setSysctls(sysctls map[string]string) error {
 	var network, others []string
-	for key := range sysctls {
+	for _, key := range slices.Sorted(maps.Keys(sysctls)) {
 		if strings.HasPrefix(strings.ReplaceAll(key, "/", "."), "net.") {
 			network = append(network, key)
 		} else {
 			others = append(others, key)
 		}
 	}
-	slices.Sort(network)
-	slices.Sort(others)
-	for _, key := range network {
-		if err := setSysctl("/proc/sys", key, sysctls[key]); err != nil {
-			return err
+	for i, key := range slices.Concat(network, others) {
+		if i == len(network) && !p.ids.IsZero() {
+			if err := actAs(p.ids.Root()); err != nil {
+				return err
+			}
 		}
-	}
-	if len(others) > 0 && !p.ids.IsZero() {
-		if err := actAs(p.ids.Root()); err != nil {
-			return err
-		}
-	}
-	for _, key := range others {
 		if err := setSysctl("/proc/sys", key, sysctls[key]); err != nil {
 			return err
 		}
