@@ -5,6 +5,8 @@ import (
 	"runtime/debug"
 	"sync"
 	"time"
+
+	"github.com/containerd/log"
 )
 
 // A shim lives as long as its pod and is idle nearly always: what its requests
@@ -44,4 +46,7 @@ func (t *trimmer) trim() {
 	// A sync.Pool keeps what it has through one collection.
 	runtime.GC()
 	debug.FreeOSMemory()
+	if err := unmapOwnFile(); err != nil {
+		log.L.WithError(err).Debug("the program's file stays mapped")
+	}
 }
