@@ -19,11 +19,20 @@ import (
 )
 
 func main() {
+	if err := newApp().Run(os.Args); err != nil {
+		fmt.Fprintln(os.Stderr, "vmrtctl:", err)
+		os.Exit(1)
+	}
+}
+
+func newApp() *cli.App {
 	app := &cli.App{
 		Name:            "vmrtctl",
 		Usage:           "look after vmrt, the containerd runtime that runs pods in virtual machines",
 		HideVersion:     true,
 		HideHelpCommand: true,
+		OnUsageError:    usageError,
+		Action:          unknown,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Usage: "configuration `FILE` (default: $VMRT_CONFIG or " + config.DefaultPath + ")"},
 		},
@@ -33,11 +42,31 @@ func main() {
 			{Name: "version", Usage: "print the version", Action: runVersion},
 		},
 	}
-	if err := app.Run(os.Args); err != nil {
-		fmt.Fprintln(os.Stderr, "vmrtctl:", err)
-		os.Exit(1)
+	for _, c := range app.Commands {
+		c.Before, c.OnUsageError, c.HideHelpCommand = noArguments, usageError, true
+	}
+	return app
+}
+
+// unknown is for a command line without a command, or with one that there is not.
+func unknown(c *cli.Context) error {
+	switch name := c.Args().First(); name {
+	case "", "help":
+		return cli.ShowAppHelp(c)
+	default:
+		return fmt.Errorf("unknown command %q: `vmrtctl --help` lists them", name)
 	}
 }
+
+func noArguments(c *cli.Context) error {
+	if c.Args().Present() {
+		return fmt.Errorf("%s takes no arguments: %q", c.Command.Name, c.Args().Slice())
+	}
+	return nil
+}
+
+// usageError keeps the help from standing between a wrong flag and its error.
+func usageError(_ *cli.Context, err error, _ bool) error { return err }
 
 // checkTimeout bounds all checks together; the accelerator probe bounds itself
 // at 300 ms.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmrt/vmrt/pkg/config"
 	"github.com/vmrt/vmrt/pkg/hypervisor/accel"
+	"github.com/vmrt/vmrt/pkg/hypervisor/qemu"
 	"github.com/vmrt/vmrt/pkg/vsock"
 )
 
@@ -40,8 +41,8 @@ func Run(ctx context.Context, path string) []Result {
 		{Name: "configuration", Found: file},
 		root(),
 		shim(),
-		lookup("qemu", settings.FindQEMU),
-		lookup("virtiofsd", settings.FindVirtiofsd),
+		qemuBinary(ctx, settings),
+		virtiofsd(settings),
 		passt(settings),
 		guest(settings),
 		accelerator(ctx, settings),
@@ -71,9 +72,19 @@ func shim() Result {
 	return Result{Name: "shim", Found: path}
 }
 
-func lookup(name string, find func() (string, error)) Result {
-	path, err := find()
-	return Result{Name: name, Found: path, Err: err}
+// qemuBinary also runs it for its version.
+func qemuBinary(ctx context.Context, settings *config.Config) Result {
+	path, err := settings.FindQEMU()
+	if err != nil {
+		return Result{Name: "qemu", Err: err}
+	}
+	b, err := qemu.Identify(ctx, path, "")
+	return Result{Name: "qemu", Found: fmt.Sprintf("%s, version %v", path, b.Version), Err: err}
+}
+
+func virtiofsd(settings *config.Config) Result {
+	path, err := settings.FindVirtiofsd()
+	return Result{Name: "virtiofsd", Found: path, Err: err}
 }
 
 // passt need not be there.

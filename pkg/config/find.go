@@ -77,8 +77,14 @@ func guestIn(dir, kind string) (Guest, error) {
 		CmdlineDevices: guest.CmdlineDevices(kind),
 	}
 	for _, name := range []string{g.Kernel, g.Initrd, g.Manifest} {
-		if st, err := os.Stat(name); err != nil || !st.Mode().IsRegular() {
+		st, err := os.Stat(name)
+		switch {
+		case err != nil || !st.Mode().IsRegular():
 			return Guest{}, fmt.Errorf("find guest files: %s is missing or no file: `make build` makes it", name)
+		case st.Mode()&0o004 == 0 && name != g.Manifest:
+			// It is opened by us, and by QEMU once more through our
+			// descriptor: the folders above do not matter.
+			return Guest{}, fmt.Errorf("find guest files: %s has mode %#o and QEMU, which runs as another user, cannot read it: `chmod a+r` it", name, st.Mode().Perm())
 		}
 	}
 	return g, nil

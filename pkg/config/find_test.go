@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,19 +25,27 @@ files:
 				continue files
 			}
 		}
-		if err := os.WriteFile(filepath.Join(dir, kind, name), nil, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		chmod(t, filepath.Join(dir, kind, name), 0o644)
+	}
+}
+
+// chmod gives a file, which it makes if need be, a mode whatever the umask.
+func chmod(t *testing.T, name string, mode os.FileMode) {
+	t.Helper()
+	if err := errors.Join(os.WriteFile(name, nil, mode), os.Chmod(name, mode)); err != nil {
+		t.Fatal(err)
 	}
 }
 
 func TestGuest(t *testing.T) {
-	both, stock, empty, partial := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	both, stock, empty, partial, private := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	makeGuest(t, both, guest.Tuned)
 	makeGuest(t, both, guest.Stock)
 	makeGuest(t, stock, guest.Stock)
 	makeGuest(t, partial, guest.Tuned, guest.InitramfsFile)
 	makeGuest(t, partial, guest.Stock)
+	makeGuest(t, private, guest.Stock)
+	chmod(t, filepath.Join(private, guest.Stock, guest.InitramfsFile), 0o640)
 
 	for _, tt := range []struct {
 		kernel, dir string
@@ -50,6 +59,7 @@ func TestGuest(t *testing.T) {
 		{KernelAuto, empty, "find guest files: no tuned or stock kernel in " + empty + ": `make build`"},
 		{KernelAuto, partial, "find guest files: " + partial + "/tuned/initramfs.cpio is missing or no file: `make build`"},
 		{guest.Stock, partial, guest.Stock},
+		{KernelAuto, private, "find guest files: " + private + "/stock/initramfs.cpio has mode 0640 and QEMU"},
 	} {
 		g, err := (&Config{Kernel: tt.kernel, GuestDir: tt.dir}).Guest()
 		if err != nil {

@@ -73,10 +73,13 @@ func explain(err error) error {
 		return err
 	}
 	line, _ := decode.Position()
-	if key := strings.Join(decode.Key(), "."); key != "" {
+	said := strings.TrimPrefix(decode.Error(), "toml: ")
+	// What is wrong with a key and not with its value begins so: a key that is
+	// there twice.
+	if key := strings.Join(decode.Key(), "."); key != "" && !strings.HasPrefix(said, "key ") {
 		return fmt.Errorf("line %d: %s: want %s", line, key, kindOf(key))
 	}
-	return fmt.Errorf("line %d: %s", line, strings.TrimPrefix(decode.Error(), "toml: "))
+	return fmt.Errorf("line %d: %s", line, said)
 }
 
 func kindOf(key string) string {

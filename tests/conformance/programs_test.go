@@ -53,7 +53,7 @@ func TestVmrtctl(t *testing.T) {
 	}
 	check := s.vmrtctl("check")
 	for _, want := range []string{
-		`configuration +` + regexp.QuoteMeta(s.config), `user +uid 0`, `shim +/.*/containerd-shim-vmrt-v2`, `qemu +/`, `virtiofsd +/`,
+		`configuration +` + regexp.QuoteMeta(s.config), `user +uid 0`, `shim +/.*/containerd-shim-vmrt-v2`, `qemu +/\S+, version \d+\.\d+`, `virtiofsd +/`,
 		`guest +(tuned|stock) kernel, /.*/vmlinu[xz]`, `accelerator +` + string(accelerator) + `: \S+ .*`, `vsock +vhost`,
 	} {
 		if !regexp.MustCompile(`(?m)^ok +` + want).MatchString(check) {

@@ -139,7 +139,7 @@ func look(ctx context.Context, cfg Config, hard time.Duration, probe prober) (v 
 		return verdict{err: err}, false
 	}
 	file := filepath.Join(cfg.CacheDir, CacheFile)
-	if err := bootcache.Load(file, key, &v); err == nil && v.Measured {
+	if err := bootcache.Load(file, key, &v); err == nil && v.Measured && v.NanosPerInstruction > 0 {
 		return v, true
 	}
 	v = probe(ctx, cfg.Device, hard)

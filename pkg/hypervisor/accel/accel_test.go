@@ -86,6 +86,16 @@ func TestChooseProbesAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
+		"no speed in the cache": func(t *testing.T, cfg *Config) {
+			path := filepath.Join(cfg.CacheDir, "accel.json")
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte(strings.Replace(string(b), `"nanos_per_instruction":1`, `"nanos_per_instruction":0`, 1)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		},
 		"cache anybody can write": func(t *testing.T, cfg *Config) {
 			if err := os.Chmod(filepath.Join(cfg.CacheDir, "accel.json"), 0o666); err != nil {
 				t.Fatal(err)

@@ -75,9 +75,6 @@ func commandLine(b Binary, h host, s *hypervisor.Spec, f files) ([]string, []*os
 	c.add("-serial", "chardev:console")
 	c.chardev("qmp", f.qmp)
 	c.add("-mon", "chardev=qmp,mode=control")
-	if b.Version.before(7, 2) && slices.ContainsFunc(s.NICs, func(n hypervisor.NIC) bool { return n.Stream != nil }) {
-		return nil, nil, fmt.Errorf("QEMU %s has no network device on a stream: want 7.2 or newer", b.Version)
-	}
 	c.devices(s)
 	return c.args, c.files, nil
 }

@@ -183,18 +183,10 @@ func TestCommandLineLimits(t *testing.T) {
 		t.Errorf("commandLine() with %d arguments = %v; want none", maxCmdline, err)
 	}
 	fits.CmdlineDevices = true
-	old := qemu7
-	old.Version = Version{7, 1, 9}
-	stream := minimal(hypervisor.TCG)
-	stream.NICs = []hypervisor.NIC{{MAC: "02:00:00:00:00:01", Stream: file("stream")}}
 	for name, s := range map[string]hypervisor.Spec{
-		"kernel command line of": long, "2056 bytes: at most 1936": fits, "devices: at most 24": many, "QEMU 7.1.9 has no network device on a stream": stream,
+		"kernel command line of": long, "2056 bytes: at most 1936": fits, "devices: at most 24": many,
 	} {
-		binary := qemu7
-		if len(s.NICs) == 1 {
-			binary = old
-		}
-		_, _, err := commandLine(binary, host{}, &s, testFiles())
+		_, _, err := commandLine(qemu7, host{}, &s, testFiles())
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("commandLine() = %v; want an error with %q", err, name)
 		}
