@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 # hack/bin/go finds a Go toolchain that is new enough.
 export PATH := $(CURDIR)/hack/bin:$(PATH)
+# Go's caches and ours are below it; cron and systemd do not set it.
+export HOME := $(or $(HOME),$(shell unset HOME; echo ~))
 
 VERSION  := $(or $(shell git describe --tags --always --dirty 2>/dev/null),devel)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)

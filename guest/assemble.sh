@@ -5,9 +5,12 @@
 
 main() {
 	local agent=$1 version=$2 out=$3 crun kernel
+	# Not in the cache: another clone may have another version of it.
+	tmp=$(mktemp -d)
+	trap 'rm -rf "$tmp"' EXIT
 	crun=$("$GUEST/crun.sh")
 	mkdir -p "$out"
-	(cd "$GUEST/.." && go build -o "$CACHE/mkguest" ./cmd/mkguest)
+	(cd "$GUEST/.." && go build -o "$tmp/mkguest" ./cmd/mkguest)
 	kernel=$("$GUEST/kernel-stock.sh")
 	mkguest stock
 	kernel=$("$GUEST/kernel.sh" -n)
@@ -23,7 +26,7 @@ main() {
 }
 
 mkguest() {
-	"$CACHE/mkguest" -kind "$1" -kernel "$kernel" -out "$out/$1" -agent "$agent" -agent-version "$version" \
+	"$tmp/mkguest" -kind "$1" -kernel "$kernel" -out "$out/$1" -agent "$agent" -agent-version "$version" \
 		-runtime "$crun/crun" -runtime-version "crun $(<"$crun/version")" >&2
 }
 

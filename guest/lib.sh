@@ -10,6 +10,7 @@ set -euo pipefail
 shopt -s nullglob
 
 GUEST=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export HOME=${HOME:-~} # cron and systemd do not set it
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/vmrt
 # The release whose source packages are built, whatever the machine runs.
 SOURCE_SUITE=trixie
@@ -68,7 +69,7 @@ need() {
 	command -v apt-get >/dev/null || die "this machine has no apt-get, so install by hand: ${missing[*]}"
 	say "installing ${missing[*]}"
 	retry_updated env DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -q --no-install-recommends "${missing[@]}" >&2 || die "install ${missing[*]}"
+		apt-get install -y -q -o DPkg::Lock::Timeout=600 --no-install-recommends "${missing[@]}" >&2 || die "install ${missing[*]}"
 }
 
 # retry_updated COMMAND...: once more with fresh package lists if it fails,
@@ -87,8 +88,11 @@ machine_sources() {
 private_apt() {
 	local dir=$APT_DIR label uri codename suite
 	need debian-archive-keyring
-	[[ $(machine_sources) ]] || apt-get update -q >&2
 	mkdir -p "$dir"/{sources,lists/partial,archives/partial}
+	# Builds of several things may run at once, and share this.
+	exec 7>"$dir/lock"
+	flock 7
+	[[ $(machine_sources) ]] || apt-get update -q >&2
 	while IFS='|' read -r label uri codename; do
 		case $label in
 		Debian) suite=$SOURCE_SUITE; [[ $codename != *-* ]] || continue ;;
@@ -116,6 +120,7 @@ private_apt() {
 		mv "$dir/new" "$dir/sources/vmrt.sources"
 		apt-get update -q >&2
 	fi
+	exec 7>&-
 }
 
 # candidate PACKAGE: the newest version that apt can download.

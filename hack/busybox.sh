@@ -9,8 +9,8 @@ main() {
 	local codename dir tmp
 	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
 	dir=$CACHE/busybox-$codename
-	if [[ ! -x $dir/bin/busybox ]]; then
-		lock "busybox"
+	[[ -x $dir/bin/busybox ]] || lock "busybox"
+	if [[ ! -x $dir/bin/busybox ]]; then # and no other build has made it meanwhile
 		[[ $(machine_sources) ]] || apt-get update -q >&2
 		tmp=$CACHE/build/busybox
 		rm -rf "$tmp" "$dir"
