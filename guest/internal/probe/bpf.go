@@ -31,7 +31,12 @@ func cgroupBPF() error {
 		progType: unix.BPF_PROG_TYPE_CGROUP_DEVICE, insnCount: uint32(len(code)),
 		insns: uint64(uintptr(unsafe.Pointer(&code))), license: uint64(uintptr(unsafe.Pointer(&license))),
 	}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	fd, errno := uintptr(0), unix.EAGAIN
+	// The verifier gives up with EAGAIN for a signal (kernel/bpf/verifier.c), and
+	// Go sends its threads some.
+	for try := 0; try < 30 && errno == unix.EAGAIN; try++ {
+		fd, _, errno = unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	}
 	if errno != 0 {
 		return fmt.Errorf("load program: %w", errno)
 	}
