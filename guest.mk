@@ -13,4 +13,4 @@ crun: ## build the guest's OCI runtime from Debian's source (1 min of CPU, cache
 	@guest/crun.sh
 
 initramfs: bin/vm-agent ## make bin/guest: kernels, initramfs, manifest
-	@guest/assemble.sh bin/vm-agent '$(or $(VERSION),devel)' bin/guest
+	@guest/assemble.sh bin/vm-agent '$(VERSION)' bin/guest

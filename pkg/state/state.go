@@ -199,7 +199,8 @@ func (s Store) Remove(namespace, id string) error {
 }
 
 // List loads all sandboxes, by namespace and id. The error joins what could
-// not be loaded; the rest is returned beside it.
+// not be loaded; the rest is returned beside it. A sandbox whose file is not
+// there is about to be made, or to go, and is none.
 func (s Store) List() ([]*Sandbox, error) {
 	spaces, err := subfolders(s.root)
 	if err != nil {
@@ -214,11 +215,12 @@ func (s Store) List() ([]*Sandbox, error) {
 		}
 		for _, id := range ids {
 			sb, err := s.Load(namespace, id)
-			if err != nil {
+			switch {
+			case err == nil:
+				all = append(all, sb)
+			case !errdefs.IsNotFound(err):
 				errs = append(errs, err)
-				continue
 			}
-			all = append(all, sb)
 		}
 	}
 	return all, errors.Join(errs...)

@@ -299,6 +299,13 @@ func TestList(t *testing.T) {
 	if _, err := s.Create("default", "starting"); err != nil {
 		t.Fatal(err)
 	}
+	broken, err := s.Create("default", "broken")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(broken, stateFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(filepath.Dir(filepath.Dir(dir)), "stray"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -306,8 +313,8 @@ func TestList(t *testing.T) {
 	if diff := cmp.Diff([]*Sandbox{sample()}, all); diff != "" {
 		t.Errorf("List() (-want +got):\n%s", diff)
 	}
-	if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "default/starting") {
-		t.Errorf("List() error = %v; want it to name default/starting", err)
+	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "default/broken") || strings.Contains(err.Error(), "starting") {
+		t.Errorf("List() error = %v; want it to name default/broken and nothing else", err)
 	}
 }
 
