@@ -130,6 +130,24 @@ func TestLyingAgent(t *testing.T) {
 			}
 		}
 	})
+	t.Run("flood", func(t *testing.T) {
+		s := liar(t, "flood")
+		s.mustCreate(nil, false)
+		s.mustStart("")
+		const flood = 5 * time.Second
+		time.Sleep(flood)
+		// What connections can hold, and the shim itself.
+		if private := privateKiB(t, s.pid()); private > 64<<10 {
+			t.Errorf("the shim has %d KiB of private memory", private)
+		} else {
+			t.Logf("the shim has %d KiB of private memory", private)
+		}
+		// The host still reaches the guest.
+		if err := stats.call(s); err != nil {
+			t.Errorf("Stats = %v; want an answer", err)
+		}
+		s.killedWithin(30 * time.Second)
+	})
 	t.Run("giant", func(t *testing.T) {
 		s := liar(t, "giant")
 		s.mustCreate(nil, false)

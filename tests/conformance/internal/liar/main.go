@@ -7,6 +7,7 @@
 //	giant    answers Stats with megabytes
 //	errors   answers Pause with an error that is long and full of control characters
 //	silent   tells nobody that SIGKILL has ended a container
+//	flood    connects to the host without end and sends all that each connection takes
 //	quiet    nothing of that
 //
 // Containers are made up; SIGKILL ends them.
@@ -75,7 +76,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	t := &tasks{mode: string(mode), killed: make(chan string, 16)}
+	t := &tasks{mode: string(mode), port: port, killed: make(chan string, 16)}
 	taskapi.RegisterTTRPCTaskService(server, t)
 	api.RegisterAgentService(server, &agent{tasks: t})
 	return server.Serve(context.Background(), listener{l, t})
@@ -124,6 +125,7 @@ func (c conn) Read(p []byte) (int, error) {
 type tasks struct {
 	taskapi.TTRPCTaskService
 	mode   string
+	port   uint32      // the host's
 	killed chan string // containers that have not been reported
 	deaf   atomic.Bool
 
@@ -142,7 +144,22 @@ func (t *tasks) Create(_ context.Context, r *taskapi.CreateTaskRequest) (*taskap
 
 func (t *tasks) Start(context.Context, *taskapi.StartRequest) (*taskapi.StartResponse, error) {
 	t.deaf.Store(t.mode == "deaf")
+	if t.mode == "flood" {
+		for range 8 {
+			go flood(t.port)
+		}
+	}
 	return &taskapi.StartResponse{Pid: 1 << 31}, nil
+}
+
+// flood leaves every connection that the host takes open.
+func flood(port uint32) {
+	for {
+		c, err := vsock.Dial(vsock.Host, port, nil)
+		if err == nil {
+			go c.Write(make([]byte, 1<<20))
+		}
+	}
 }
 
 func (t *tasks) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
