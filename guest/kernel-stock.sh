@@ -15,7 +15,7 @@ main() {
 	if [[ -z $have || ${VMRT_UPDATE:-} ]]; then
 		lock "stock kernel"
 		need lz4 xz-utils zstd
-		[[ $(machine_sources) && -z ${VMRT_UPDATE:-} ]] || apt-get update -q >&2
+		[[ $(machine_sources) && -z ${VMRT_UPDATE:-} ]] || apt_update
 		get "$CACHE/kernel-stock-$codename"
 		have=$(newest "$CACHE/kernel-stock-$codename-"*)
 	fi

@@ -72,9 +72,16 @@ need() {
 		apt-get install -y -q -o DPkg::Lock::Timeout=600 --no-install-recommends "${missing[@]}" >&2 || die "install ${missing[*]}"
 }
 
+# apt_update reads the package lists: of several at once, which apt refuses, one
+# after the other.
+apt_update() {
+	mkdir -p "$CACHE"
+	flock "$CACHE/apt-update.lock" apt-get update -q >&2
+}
+
 # retry_updated COMMAND...: once more with fresh package lists if it fails,
 # because a mirror drops a package's old version when a new one comes.
-retry_updated() { "$@" || { say "refreshing the package lists"; apt-get update -q >&2 && "$@"; }; }
+retry_updated() { "$@" || { say "refreshing the package lists"; apt_update && "$@"; }; }
 
 # machine_sources: label, URI and codename of the machine's Debian sources.
 machine_sources() {
@@ -92,7 +99,7 @@ private_apt() {
 	# Builds of several things may run at once, and share this.
 	exec 7>"$dir/lock"
 	flock 7
-	[[ $(machine_sources) ]] || apt-get update -q >&2
+	[[ $(machine_sources) ]] || apt_update
 	while IFS='|' read -r label uri codename; do
 		case $label in
 		Debian) suite=$SOURCE_SUITE; [[ $codename != *-* ]] || continue ;;
@@ -118,7 +125,7 @@ private_apt() {
 		[[ -z $(find "$dir/lists" -name '*Sources*' -mmin -1440) ]]; then
 		say "reading the package lists of $SOURCE_SUITE"
 		mv "$dir/new" "$dir/sources/vmrt.sources"
-		apt-get update -q >&2
+		apt_update
 	fi
 	exec 7>&-
 }

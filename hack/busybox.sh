@@ -11,7 +11,7 @@ main() {
 	dir=$CACHE/busybox-$codename
 	[[ -x $dir/bin/busybox ]] || lock "busybox"
 	if [[ ! -x $dir/bin/busybox ]]; then # and no other build has made it meanwhile
-		[[ $(machine_sources) ]] || apt-get update -q >&2
+		[[ $(machine_sources) ]] || apt_update
 		tmp=$CACHE/build/busybox
 		rm -rf "$tmp" "$dir"
 		mkdir -p "$tmp/out"

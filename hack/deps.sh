@@ -22,7 +22,7 @@ test=(cpio crun e2fsprogs erofs-utils gcc git iptables libc6-dev libseccomp-dev 
 backports_lists() {
 	local dir=$CACHE/apt-backports label uri codename
 	mkdir -p "$dir"/{sources,lists/partial,archives/partial}
-	[[ $(machine_sources) ]] || apt-get update -q >&2
+	[[ $(machine_sources) ]] || apt_update
 	cp -r /etc/apt/sources.list /etc/apt/sources.list.d/. "$dir/sources/" 2>/dev/null || true
 	[[ ! -e $dir/sources/sources.list ]] || mv "$dir/sources/sources.list" "$dir/sources/machine.list"
 	while IFS='|' read -r label uri codename; do
@@ -41,7 +41,7 @@ backports_lists() {
 	EOF
 	export APT_CONFIG=$dir/apt.conf
 	say "reading the package lists of $1-backports"
-	apt-get update -q >&2
+	apt_update
 }
 
 # install_go: a Go that can fetch the toolchain that go.mod asks for.
@@ -51,7 +51,7 @@ install_go() {
 	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
 	[[ $(id -u) == 0 ]] || die "run as root: Go is missing"
 	[[ $codename != bookworm ]] || backports_lists "$codename"
-	[[ $(apt-cache search --names-only '^golang-1\.[0-9]+-go$') ]] || apt-get update -q >&2
+	[[ $(apt-cache search --names-only '^golang-1\.[0-9]+-go$') ]] || apt_update
 	# The newest golang-1.N-go.
 	package=$(apt-cache search --names-only '^golang-1\.[0-9]+-go$' | awk '{print $1}' | sort -V | tail -n 1)
 	[[ $package ]] || die "no Go among the package sources"
@@ -63,6 +63,11 @@ install_go() {
 # need_virtiofsd: a package of its own since Debian 13. Before, QEMU's brings it,
 # which is installed by now. The package lists do not tell: a new machine has none.
 need_virtiofsd() { [[ -x /usr/lib/qemu/virtiofsd ]] || need virtiofsd; }
+
+# `make -j` and other clones run this at the same time.
+mkdir -p "$CACHE"
+exec 6>"$CACHE/deps.lock"
+flock 6
 
 packages=()
 for group; do
