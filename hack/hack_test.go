@@ -3,13 +3,16 @@ package hack
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func read(t *testing.T, path string) string {
@@ -107,6 +110,60 @@ func TestNamedTests(t *testing.T) {
 			if !strings.Contains(source.String(), "\nfunc Test"+prefix+name) {
 				t.Errorf("test.sh names Test%s%s of %s, which is not there", prefix, name, pkg)
 			}
+		}
+	}
+}
+
+// hack/bin/go does not take itself for Go, whatever its folder is called.
+func TestGoInOddFolders(t *testing.T) {
+	for _, name := range []string{"plain", "a b", "a[1]", "a|b", "a*", "a.+b"} {
+		t.Run(name, func(t *testing.T) {
+			top := filepath.Join(t.TempDir(), name)
+			bin := filepath.Join(top, "hack", "bin")
+			if err := os.MkdirAll(bin, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for file, mode := range map[string]os.FileMode{"bin/go": 0o755, "../go.mod": 0o644} {
+				if err := os.WriteFile(filepath.Join(top, "hack", file), []byte(read(t, file)), mode); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, filepath.Join(bin, "go"), "-path")
+			cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+			cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+			out, err := cmd.CombinedOutput()
+			got := strings.TrimSpace(string(out))
+			if err != nil || !filepath.IsAbs(got) || strings.HasPrefix(got, top) {
+				t.Errorf("hack/bin/go -path = %q, %v; want another Go", got, err)
+			}
+		})
+	}
+}
+
+// A cron job or a service of systemd has no HOME.
+func TestWithoutHome(t *testing.T) {
+	u, err := user.Current()
+	if err != nil || u.HomeDir == "" {
+		t.Skipf("the user's home: %v", err)
+	}
+	var env []string
+	for _, v := range os.Environ() {
+		if !strings.HasPrefix(v, "HOME=") && !strings.HasPrefix(v, "XDG_CACHE_HOME=") {
+			env = append(env, v)
+		}
+	}
+	for _, args := range [][]string{
+		{"make", "--no-print-directory", "-C", "..", "--eval", "show:;@echo $$HOME/.cache/vmrt", "show"},
+		{"bash", "-c", ". ../guest/lib.sh; echo $CACHE"},
+	} {
+		cmd := exec.Command(args[0], args[1:]...)
+		cmd.Env = env
+		out, err := cmd.CombinedOutput()
+		if got, want := strings.TrimSpace(string(out)), filepath.Join(u.HomeDir, ".cache/vmrt"); err != nil || got != want {
+			t.Errorf("%q without HOME = %q, %v; want %q", args, got, err, want)
 		}
 	}
 }
