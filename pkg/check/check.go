@@ -44,7 +44,7 @@ func Run(ctx context.Context, path string) []Result {
 		qemuBinary(ctx, settings),
 		virtiofsd(settings),
 		passt(settings),
-		guest(settings),
+		guestFiles(settings),
 		accelerator(ctx, settings),
 		transport(settings),
 	}
@@ -96,7 +96,7 @@ func passt(settings *config.Config) Result {
 	return Result{Name: "passt", Found: path, Err: err}
 }
 
-func guest(settings *config.Config) Result {
+func guestFiles(settings *config.Config) Result {
 	g, err := settings.Guest()
 	if err != nil {
 		return Result{Name: "guest", Err: err}
