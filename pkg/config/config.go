@@ -9,6 +9,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
@@ -104,11 +107,15 @@ func load(explicit, env, fallback string) (*Config, error) {
 }
 
 func readFile(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	// Opening a FIFO would wait for its writer.
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	if st, err := f.Stat(); err != nil || st.Mode()&os.ModeNamedPipe != 0 {
+		return nil, cmp.Or(err, fmt.Errorf("%s is a FIFO; want a file", name))
+	}
 	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err == nil && len(b) > maxFile {
 		err = fmt.Errorf("%s: more than %d MiB", name, maxFile>>20)

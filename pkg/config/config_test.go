@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/guest"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
@@ -90,6 +91,10 @@ func TestLoad(t *testing.T) {
 	}
 	one, two, three := file("1", "cpus = 1"), file("2", "cpus = 2"), file("3", "cpus = 3")
 	absent := filepath.Join(dir, "absent")
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		explicit, env, fallback string
 		file                    string
@@ -113,6 +118,7 @@ func TestLoad(t *testing.T) {
 		{absent, two, "read configuration: open " + absent + ": no such file"},
 		{"", absent, "read configuration: open " + absent + ": no such file"},
 		{dir, "", "read configuration: read " + dir + ": is a directory"},
+		{fifo, "", fifo + " is a FIFO"},
 		{file("big", strings.Repeat("#", maxFile+1)), "", "more than 1 MiB"},
 	} {
 		if c, err := load(bad.explicit, bad.env, three); c != nil || err == nil || !strings.Contains(err.Error(), bad.want) {

@@ -23,13 +23,12 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/accept"
 	"github.com/vmrt/vmrt/pkg/relay"
 )
 
@@ -85,8 +84,8 @@ func NewServer(cfg Config) *Server {
 	}
 }
 
-// acceptPause lets a shortage pass.
-const acceptPause = 20 * time.Millisecond
+// refusal bounds how long a connection that is refused may take to hear it.
+const refusal = 20 * time.Millisecond
 
 // Serve takes connections from l until l is closed, which is no error, and
 // returns once all of them have ended. The connections that l accepts must be
@@ -95,14 +94,10 @@ func (s *Server) Serve(l net.Listener) error {
 	var serving sync.WaitGroup
 	defer serving.Wait()
 	for {
-		c, err := l.Accept()
+		c, err := accept.Next(l)
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return nil
-		case transient(err):
-			log.L.WithError(err).Warn("accept dial")
-			time.Sleep(acceptPause)
-			continue
 		case err != nil:
 			return fmt.Errorf("accept dial: %w", err)
 		}
@@ -127,19 +122,9 @@ func (s *Server) Serve(l net.Listener) error {
 // refuse answers without waiting: the answer fits into what a connection that
 // is new has room for.
 func refuse(conn net.Conn) {
-	conn.SetDeadline(time.Now().Add(acceptPause))
+	conn.SetDeadline(time.Now().Add(refusal))
 	api.WriteDialAnswer(conn, errTooMany)
 	conn.Close()
-}
-
-// transient reports whether accept(2) may succeed the next time.
-func transient(err error) bool {
-	for _, errno := range []syscall.Errno{unix.ECONNABORTED, unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
 }
 
 // handle serves one connection to its end.

@@ -15,6 +15,7 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmrt/vmrt/pkg/accept"
 	"github.com/vmrt/vmrt/pkg/hypervisor"
 )
 
@@ -135,7 +136,7 @@ func claimCID(set func(cid uint64) error) (uint32, error) {
 func (t *vhost) accept() {
 	defer close(t.accepted)
 	for {
-		c, err := t.listener.Accept()
+		c, err := accept.Next(t.listener)
 		if err != nil {
 			t.err = err
 			return

@@ -5,14 +5,13 @@ import (
 	"fmt"
 	"net"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmrt/vmrt/api"
+	"github.com/vmrt/vmrt/pkg/accept"
 )
 
 // Registry holds stream connections that no request has named yet.
@@ -41,14 +40,9 @@ func NewRegistry(l Limits) *Registry {
 // Serve takes connections from l until l is closed, which is no error.
 func (r *Registry) Serve(l net.Listener) error {
 	for {
-		c, err := l.Accept()
+		c, err := accept.Next(l)
 		if errors.Is(err, net.ErrClosed) {
 			return nil
-		}
-		if transient(err) {
-			log.L.WithError(err).Warn("accept stream")
-			time.Sleep(acceptPause)
-			continue
 		}
 		if err != nil {
 			return fmt.Errorf("accept stream: %w", err)
@@ -69,19 +63,6 @@ func (r *Registry) Serve(l net.Listener) error {
 			}
 		}()
 	}
-}
-
-// acceptPause lets a shortage pass.
-const acceptPause = 20 * time.Millisecond
-
-// transient reports whether accept(2) may succeed the next time.
-func transient(err error) bool {
-	for _, errno := range []syscall.Errno{unix.ECONNABORTED, unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
 }
 
 func (r *Registry) reserve() bool {
