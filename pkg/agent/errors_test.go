@@ -19,9 +19,9 @@ func testExecErrors(t *testing.T, c *client) {
 		want string
 	}{
 		{"missing program", []string{"no-such-program"}, nil, "executable file not found in $PATH"},
-		{"missing path", []string{"/no/such/program"}, nil, "no such file or directory"},
+		{"missing path", []string{"/no/such/program"}, nil, `exec: "/no/such/program": stat /no/such/program: no such file or directory`},
 		{"not executable", []string{"/etc/passwd"}, nil, "permission denied"},
-		{"folder", []string{"/etc"}, nil, "permission denied"},
+		{"folder", []string{"/etc"}, nil, "is a directory"},
 		{"bad cwd", []string{"true"}, func(p *specs.Process) { p.Cwd = "/no/such/cwd" }, "no such file or directory"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

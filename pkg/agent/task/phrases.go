@@ -15,14 +15,16 @@ import (
 
 // The patterns are compiled at the first error: most agents see none.
 var (
-	// missing is crun's message for a program that is not there.
-	missing = lazy("executable file `([^`]*)` not found in \\$PATH: no such file or directory")
-	// notExecutable are its messages for one that cannot be run, such as a
-	// folder; which one depends on the version.
-	notExecutable = lazy("the path `([^`]*)` (?:exists but it is not executable|is not a regular file): operation not permitted")
+	// missing is crun's message for a program that is not there; which one
+	// depends on the version, as with those that follow.
+	missing = lazy("(?:executable file|cannot find) `([^`]*)` (?:in \\$PATH|not found(?: in \\$PATH)?): no such file or directory")
+	// notExecutable and notRegular are its messages for one that cannot be run
+	// and for a folder.
+	notExecutable = lazy("the path `([^`]*)` exists but it is not executable: operation not permitted")
+	notRegular    = lazy("the path `([^`]*)` is not a regular file: operation not permitted")
 	notOpened     = lazy("open executable: (permission denied|operation not permitted)")
 	// noCwd is its message for a working directory that cannot be entered.
-	noCwd = lazy("chdir `([^`]*)`: ")
+	noCwd = lazy("chdir (?:to )?`([^`]*)`: ")
 	// notNamespaced is its message for a sysctl that is not a container's own.
 	notNamespaced = lazy("the sysctl `([^`]*)` is not namespaced")
 )
@@ -52,6 +54,7 @@ func rephraseText(s string) string {
 		return `exec: "` + program + `": executable file not found in $PATH`
 	})
 	s = notExecutable().ReplaceAllString(s, `exec: "$1": permission denied`)
+	s = notRegular().ReplaceAllString(s, `exec: "$1": is a directory`)
 	s = notOpened().ReplaceAllString(s, "exec: permission denied")
 	s = notNamespaced().ReplaceAllString(s, `sysctl "$1" is not in a separate kernel namespace`)
 	return noCwd().ReplaceAllString(s, `chdir to cwd ("$1") set in config.json failed: `)

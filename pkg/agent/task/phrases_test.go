@@ -22,14 +22,26 @@ func TestRephrase(t *testing.T) {
 			`OCI runtime exec failed: exec: "/etc/passwd": permission denied`,
 		},
 		{
+			"OCI runtime create failed: executable file `/no/pe` not found: No such file or directory",
+			`OCI runtime create failed: exec: "/no/pe": stat /no/pe: no such file or directory`,
+		},
+		{
+			"OCI runtime exec failed: cannot find `` in $PATH: No such file or directory",
+			`OCI runtime exec failed: exec: "": executable file not found in $PATH`,
+		},
+		{
 			"OCI runtime exec failed: the path `/etc` is not a regular file: Operation not permitted",
-			`OCI runtime exec failed: exec: "/etc": permission denied`,
+			`OCI runtime exec failed: exec: "/etc": is a directory`,
 		},
 		{"OCI runtime exec failed: open executable: Permission denied", "OCI runtime exec failed: exec: permission denied"},
 		{"OCI runtime exec failed: open executable: Operation not permitted", "OCI runtime exec failed: exec: permission denied"},
 		{
 			"OCI runtime exec failed: chdir `/no`: No such file or directory",
 			`OCI runtime exec failed: chdir to cwd ("/no") set in config.json failed: no such file or directory`,
+		},
+		{
+			"OCI runtime create failed: chdir to `/etc/passwd`: Not a directory",
+			`OCI runtime create failed: chdir to cwd ("/etc/passwd") set in config.json failed: not a directory`,
 		},
 		{
 			"OCI runtime create failed: the sysctl `kernel.x` is not namespaced",
