@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"path/filepath"
+	"strings"
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -279,7 +280,11 @@ func bundleRoot(c *container) (string, error) {
 func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *container, io *stdio.IO, undo *rollback) error {
 	ctx, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()
-	config, err := s.guestConfig(ctx, sb, c)
+	plan, err := s.guestPlan(ctx, sb, c)
+	if err != nil {
+		return err
+	}
+	config, err := guestspec.Encode(plan.Spec)
 	if err != nil {
 		return err
 	}
@@ -306,15 +311,15 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 		Rootfs: []*types.Mount{{Type: "bind", Source: path.Join(api.GuestShare, c.rootfs), Options: []string{"rbind", "rw"}}},
 	})
 	if err != nil {
-		return s.guestError(sb, err)
+		return s.guestError(sb, nameSources(err, plan))
 	}
 	c.setGuestPid(resp.GetPid())
 	return nil
 }
 
-// guestConfig rewrites the container's spec for the guest and shares the host
+// guestPlan rewrites the container's spec for the guest and shares the host
 // paths that it names.
-func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *container) ([]byte, error) {
+func (s *service) guestPlan(ctx context.Context, sb *sandbox.Sandbox, c *container) (*guestspec.Plan, error) {
 	devices, err := sb.Agent().Devices(ctx, &api.Empty{})
 	if err != nil {
 		return nil, fmt.Errorf("list guest devices: %w", errgrpc.ToNative(err))
@@ -345,7 +350,27 @@ func (s *service) guestConfig(ctx context.Context, sb *sandbox.Sandbox, c *conta
 		}
 		c.volumes = append(c.volumes, anchor.Bind{Source: entry.Host, Target: b.Destination})
 	}
-	return guestspec.Encode(plan.Spec)
+	return plan, nil
+}
+
+// nameSources returns an error of the guest's runtime about one of the plan's
+// bind mounts in the words of runc, which name the host's source; the guest
+// knows another.
+func nameSources(err error, plan *guestspec.Plan) error {
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	p := st.Proto()
+	for _, b := range plan.Binds {
+		before, rest, found := strings.Cut(p.Message, "mount `"+plan.Spec.Mounts[b.Mount].Source+"` to `")
+		_, cause, ended := strings.Cut(rest, "`")
+		if found && ended {
+			p.Message = fmt.Sprintf("%serror mounting %q to rootfs at %q%s", before, b.Source, b.Destination, cause)
+			return status.ErrorProto(p)
+		}
+	}
+	return err
 }
 
 // streamNames are the stdio fields of a request to the guest.
