@@ -99,6 +99,8 @@ func TestExecErrors(t *testing.T) {
 		{"missing", "executable file not found in $PATH", []string{"no-such-program"}},
 		{"missing path", "no such file or directory", []string{"/no/such/program"}},
 		{"not executable", "permission denied", []string{"/etc/passwd"}},
+		{"folder", `exec: "/etc": is a directory`, []string{"/etc"}},
+		{"empty", `exec: "": executable file not found in $PATH`, []string{""}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			id := strings.ReplaceAll(tc.name, " ", "-")

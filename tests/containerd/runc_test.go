@@ -65,6 +65,7 @@ func TestSameAsRunc(t *testing.T) {
 		{"nerdctl", nerdctl, nerdctlScenarios},
 		{"nerdctl options", nerdctl, nerdctlOptions},
 		{"nerdctl commands", nerdctl, nerdctlCommands},
+		{"failed starts", nerdctl, failedStarts},
 		{"ctr", ctr, ctrScenarios},
 	} {
 		t.Run(group.name, func(t *testing.T) { group.client.compare(t, e, group.scenarios) })
@@ -229,8 +230,9 @@ var random = regexp.MustCompile(`[0-9a-f]{64}`)
 
 // phrases are what clients look for in errors. The last that is found counts.
 var phrases = []string{
-	"executable file not found in $PATH", "permission denied", "no such file or directory", "unable to find user",
+	"not found", "executable file not found in $PATH", "permission denied", "is a directory", "not a directory",
+	"no such file or directory", "unable to find user",
 	"no users found", "Read-only file system", "is already used by", "no such container", "already exists",
-	"not running", "is not in a separate kernel namespace", "cannot exec in a paused state", "Operation not supported", "not found",
+	"not running", "is not in a separate kernel namespace", "cannot exec in a paused state", "Operation not supported",
 	"can't fork: Resource temporarily unavailable",
 }

@@ -172,6 +172,32 @@ const (
 	inspectNative = "{{with .Process}}{{.Status.Status}} {{.Status.ExitStatus}} pid:{{if .Pid}}yes{{end}}{{end}} {{.Spec.process.args}} {{.Spec.hostname}}"
 )
 
+// badPrograms are files that look like programs and cannot be executed, which is
+// known only after the start.
+const badPrograms = "printf '#!/no/such\\n' > /interpreter; echo x > /garbage; : > /empty; chmod 755 /interpreter /garbage /empty; "
+
+// failedStarts are ends that clients and scripts tell apart. Output goes to the
+// log, as nerdctl itself may miss what a process says that ends at once.
+var failedStarts = []scenario{
+	{"programs that cannot be executed", [][]string{
+		{"RUN", "-d", "--name", "box", busybox, "sh", "-c", badPrograms + "touch /made; exec sleep 1000"},
+		{"exec", "box", "sh", "-c", "until [ -e /made ]; do sleep 0.1; done"},
+		{"SH", "for p in interpreter garbage empty; do nerdctl exec box /$p 2>&1 | sed 's/.*msg=//'; done"},
+		{"exec", "box", "/etc"},
+		{"exec", "box", ""},
+		{"exec", "--workdir", "/etc/passwd", "box", "pwd"},
+		{"commit", "box", "bad:latest"},
+		{"rm", "-f", "box"},
+		{"SH", "for p in interpreter garbage empty; do nerdctl RUN -d --name box --entrypoint /$p bad:latest >/dev/null; " +
+			"nerdctl wait box; nerdctl logs box 2>&1; nerdctl rm box; done"},
+		{"RUN", "--rm", "--entrypoint", "/etc", "bad:latest"},
+		{"RUN", "--rm", "--entrypoint", "/no/such", "bad:latest"},
+		{"rmi", "-f", "bad:latest"},
+	}},
+	{"file in the place of a folder", [][]string{{"RUN", "--rm", "-v", "DIR/in:/bin", busybox, "true"}}},
+	{"folder in the place of a file", [][]string{{"RUN", "--rm", "-v", "DIR/tree:/etc/passwd", busybox, "true"}}},
+}
+
 // restartScenarios need containerd's restart monitor. The containers write
 // down each of their runs.
 var restartScenarios = []scenario{
