@@ -36,6 +36,9 @@ func TestCreateErrors(t *testing.T) {
 		{"missing mount source", options{spec: func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: "/nonexistent/source", Destination: "/mnt", Options: []string{"rbind"}})
 		}}, []string{"/nonexistent/source", "no such file or directory"}},
+		{"folder mounted at a file", options{spec: func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: empty, Destination: "/etc/passwd", Options: []string{"rbind"}})
+		}}, []string{fmt.Sprintf("error mounting %q to rootfs at \"/etc/passwd\": not a directory", empty)}},
 		{"no passt for the host's network", options{config: `passt = "/nonexistent/passt"`, spec: func(s *specs.Spec) {
 			s.Linux.Namespaces = without(s.Linux.Namespaces, specs.NetworkNamespace)
 		}}, []string{"the host's network needs passt: install the package passt", "/nonexistent/passt"}},

@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -66,6 +67,23 @@ func TestBindMounts(t *testing.T) {
 	s.wantShell("late", "cat /rw/late", "late\n")
 	write(t, filepath.Join(host, "rw/seen"), "changed on the host\n", 0o644)
 	s.wantShell("changed", "i=0; until grep -q 'on the host' /rw/seen || [ $i = 50 ]; do sleep 0.1; i=$((i+1)); done; cat /rw/seen", "changed on the host\n")
+}
+
+// A socket of the host can be mounted, and does not lead there: the log says so.
+func TestSocketMount(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s := newShim(t, withMounts(bind(path, "/run/socket")))
+	s.mustCreate(nil, false)
+	s.mustStart("")
+	s.wantShell("kind", "stat -c %F /run/socket", "socket\n")
+	if want := "mount " + path + " at /run/socket: a socket or FIFO"; !strings.Contains(s.log.String(), want) {
+		t.Errorf("the log lacks %q:\n%s", want, s.log)
+	}
 }
 
 // rro holds for what is mounted below the source, too. So does ro, other than
