@@ -12,7 +12,6 @@ import (
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -28,19 +27,19 @@ import (
 func (s *service) ask(ctx context.Context, what, id string, call func(context.Context, *sandbox.Sandbox, *container) error) error {
 	c, err := s.container(id)
 	if err != nil {
-		return errgrpc.ToGRPC(err)
+		return toGRPC(err)
 	}
 	if err := podOnly(c, what); err != nil {
-		return errgrpc.ToGRPC(err)
+		return toGRPC(err)
 	}
 	sb, err := s.guest()
 	if err != nil {
-		return errgrpc.ToGRPC(err)
+		return toGRPC(err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, guestTimeout)
 	defer cancel()
 	if err := call(ctx, sb, c); err != nil {
-		return errgrpc.ToGRPC(s.guestError(sb, err))
+		return toGRPC(s.guestError(sb, err))
 	}
 	return nil
 }
@@ -49,18 +48,18 @@ func (s *service) ask(ctx context.Context, what, id string, call func(context.Co
 func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	// Others of the container's processes may be left, unless the virtual
 	// machine has ended as well.
 	_, dead := s.guest()
 	switch state, _, _ := p.snapshot(); {
 	case state == statusStopped && (!r.All || p != c.init || dead != nil):
-		return nil, errgrpc.ToGRPC(fmt.Errorf("process already finished: %w", errdefs.ErrNotFound))
+		return nil, toGRPC(fmt.Errorf("process already finished: %w", errdefs.ErrNotFound))
 	case state == task.Status_UNKNOWN:
-		return nil, errgrpc.ToGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
+		return nil, toGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
 	case state == statusCreated && p != c.init:
-		return nil, errgrpc.ToGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
+		return nil, toGRPC(fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition))
 	}
 	if c.isPod {
 		s.killPod(ctx, c, syscall.Signal(r.Signal))
@@ -164,12 +163,12 @@ func (s *service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptyp
 func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
 	_, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if state, _, _ := p.snapshot(); state == statusStopped && !p.stdio.Terminal && r.ExecID == "" {
 		return empty, nil // As runc: nothing to size.
 	} else if state == statusStopped {
-		return nil, errgrpc.ToGRPC(errors.New("cannot resize a stopped container"))
+		return nil, toGRPC(errors.New("cannot resize a stopped container"))
 	} else if state == statusCreated && r.ExecID != "" {
 		// The guest does not know the exec yet. Its size is sent with Start.
 		p.setSize(r.Width, r.Height)
@@ -189,11 +188,11 @@ func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*
 func (s *service) CloseIO(ctx context.Context, r *taskapi.CloseIORequest) (*emptypb.Empty, error) {
 	_, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if io := p.getIO(); io != nil && r.Stdin {
 		if err := io.CloseStdin(); err != nil {
-			return nil, errgrpc.ToGRPC(fmt.Errorf("close stdin: %w", err))
+			return nil, toGRPC(fmt.Errorf("close stdin: %w", err))
 		}
 	}
 	return empty, nil
@@ -203,11 +202,11 @@ func (s *service) CloseIO(ctx context.Context, r *taskapi.CloseIORequest) (*empt
 func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	resources, warnings, err := rewriteUpdate(r.Resources)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("update container %s: %w", c.id, err))
+		return nil, toGRPC(fmt.Errorf("update container %s: %w", c.id, err))
 	}
 	for _, w := range warnings {
 		log.G(ctx).WithField("container", c.id).Warn(w)

@@ -60,12 +60,12 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	defer cancel(nil)
 	c, err := s.newContainer(r, cancel)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(refuse(err))
+		return nil, toGRPC(refuse(err))
 	}
 	undo.add(func(context.Context) { close(c.settled) })
 	undo.add(func(context.Context) { s.forget(c) })
 	if err := s.create(ctx, c, r, &undo, phases); err != nil {
-		return nil, errgrpc.ToGRPC(refuse(err))
+		return nil, toGRPC(refuse(err))
 	}
 	close(c.settled)
 	phases.log(ctx, "container created", c.id)

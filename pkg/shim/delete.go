@@ -21,7 +21,7 @@ func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 	defer s.memory.soon()
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if p == c.init {
 		err = s.deleteContainer(ctx, c)
@@ -29,7 +29,7 @@ func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 		err = s.deleteExec(ctx, c, p)
 	}
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	_, status, exitedAt := p.snapshot()
 	resp := &taskapi.DeleteResponse{ExitStatus: status, Pid: c.pid()}

@@ -11,7 +11,6 @@ import (
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -27,7 +26,7 @@ import (
 // Start, as its streams are opened then.
 func (s *service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emptypb.Empty, error) {
 	if err := s.addExec(r); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return empty, nil
 }
@@ -74,19 +73,19 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	defer s.memory.soon()
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if err := p.beginStart(c.status(p)); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if err := c.takesExec(p); err != nil {
 		p.startFailed()
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	sb, err := s.guest()
 	if err != nil {
 		p.startFailed()
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()
@@ -99,7 +98,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	}
 	if err != nil {
 		p.startFailed()
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	phases.log(ctx, "process started", c.id)
 	return &taskapi.StartResponse{Pid: pid}, nil

@@ -10,7 +10,6 @@ import (
 	eventstypes "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -65,14 +64,14 @@ func podOnly(c *container, what string) error {
 func (s *service) podStats(c *container) (*taskapi.StatsResponse, error) {
 	sb, err := s.guest()
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if state, _, _ := c.init.snapshot(); state == statusStopped {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("metrics of container %s: it has ended: %w", c.id, errdefs.ErrNotFound))
+		return nil, toGRPC(fmt.Errorf("metrics of container %s: it has ended: %w", c.id, errdefs.ErrNotFound))
 	}
 	stats, err := podMetrics(sb)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return &taskapi.StatsResponse{Stats: stats}, nil
 }

@@ -11,7 +11,6 @@ import (
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -97,7 +96,7 @@ func (s *service) sandboxEnded(at time.Time) {
 // machine.
 func (s *service) CreateSandbox(ctx context.Context, r *sandboxapi.CreateSandboxRequest) (*sandboxapi.CreateSandboxResponse, error) {
 	if err := s.createSandbox(ctx, r); err != nil {
-		return nil, errgrpc.ToGRPC(refuse(fmt.Errorf("create sandbox %s: %w", r.SandboxID, err)))
+		return nil, toGRPC(refuse(fmt.Errorf("create sandbox %s: %w", r.SandboxID, err)))
 	}
 	return &sandboxapi.CreateSandboxResponse{}, nil
 }
@@ -153,18 +152,18 @@ func (s *service) StartSandbox(ctx context.Context, r *sandboxapi.StartSandboxRe
 	defer s.memory.soon()
 	a, _, err := s.findSandbox(r.SandboxID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	a.mu.Lock()
 	again := a.started
 	a.started = true
 	a.mu.Unlock()
 	if again {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("start sandbox %s: it was started before: %w", a.id, errdefs.ErrFailedPrecondition))
+		return nil, toGRPC(fmt.Errorf("start sandbox %s: it was started before: %w", a.id, errdefs.ErrFailedPrecondition))
 	}
 	if err := s.waitBoot(ctx); err != nil {
 		s.sandboxEnded(time.Now())
-		return nil, errgrpc.ToGRPC(fmt.Errorf("start sandbox %s: %w", a.id, err))
+		return nil, toGRPC(fmt.Errorf("start sandbox %s: %w", a.id, err))
 	}
 	s.saveState()
 	return &sandboxapi.StartSandboxResponse{Pid: a.pid(), CreatedAt: timestamppb.New(a.created)}, nil
@@ -173,7 +172,7 @@ func (s *service) StartSandbox(ctx context.Context, r *sandboxapi.StartSandboxRe
 // Platform says what the guest runs.
 func (s *service) Platform(ctx context.Context, r *sandboxapi.PlatformRequest) (*sandboxapi.PlatformResponse, error) {
 	if _, _, err := s.findSandbox(r.SandboxID); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return &sandboxapi.PlatformResponse{Platform: &types.Platform{OS: "linux", Architecture: runtime.GOARCH}}, nil
 }
@@ -183,10 +182,10 @@ func (s *service) Platform(ctx context.Context, r *sandboxapi.PlatformRequest) (
 func (s *service) StopSandbox(ctx context.Context, r *sandboxapi.StopSandboxRequest) (*sandboxapi.StopSandboxResponse, error) {
 	a, _, err := s.findSandbox(r.SandboxID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if err := s.stopAPISandbox(ctx, a); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return &sandboxapi.StopSandboxResponse{}, nil
 }
@@ -220,12 +219,12 @@ func (s *service) stopAPISandbox(ctx context.Context, a *apiSandbox) error {
 func (s *service) WaitSandbox(ctx context.Context, r *sandboxapi.WaitSandboxRequest) (*sandboxapi.WaitSandboxResponse, error) {
 	a, _, err := s.findSandbox(r.SandboxID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	select {
 	case <-a.exited:
 	case <-ctx.Done():
-		return nil, errgrpc.ToGRPC(ctx.Err())
+		return nil, toGRPC(ctx.Err())
 	}
 	_, status, exitedAt := a.snapshot()
 	return &sandboxapi.WaitSandboxResponse{ExitStatus: status, ExitedAt: timestamppb.New(exitedAt)}, nil
@@ -235,7 +234,7 @@ func (s *service) WaitSandbox(ctx context.Context, r *sandboxapi.WaitSandboxRequ
 func (s *service) SandboxStatus(ctx context.Context, r *sandboxapi.SandboxStatusRequest) (*sandboxapi.SandboxStatusResponse, error) {
 	a, sb, err := s.findSandbox(r.SandboxID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	started, _, exitedAt := a.snapshot()
 	resp := &sandboxapi.SandboxStatusResponse{
@@ -249,7 +248,7 @@ func (s *service) SandboxStatus(ctx context.Context, r *sandboxapi.SandboxStatus
 	}
 	if r.Verbose {
 		if resp.Info, err = s.sandboxInfo(a, sb, resp.State); err != nil {
-			return nil, errgrpc.ToGRPC(err)
+			return nil, toGRPC(err)
 		}
 	}
 	return resp, nil
@@ -301,7 +300,7 @@ func (s *service) PingSandbox(ctx context.Context, r *sandboxapi.PingRequest) (*
 		err = alive(sb)
 	}
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return &sandboxapi.PingResponse{}, nil
 }
@@ -320,7 +319,7 @@ func (s *service) ShutdownSandbox(ctx context.Context, r *sandboxapi.ShutdownSan
 	case s.isIdle():
 		// Its creation has failed: the shim is of no use any more.
 	default:
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	// ttrpc does not tell when an answer was written, and containerd takes its
 	// loss for a failure.
@@ -345,11 +344,11 @@ func (s *service) SandboxMetrics(ctx context.Context, r *sandboxapi.SandboxMetri
 		err = alive(sb)
 	}
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	data, err := podMetrics(sb)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	return &sandboxapi.SandboxMetricsResponse{Metrics: &types.Metric{
 		Timestamp: timestamppb.Now(), ID: r.SandboxID, Data: data,
@@ -393,7 +392,7 @@ func (s *service) UpdateSandbox(ctx context.Context, r *sandboxapi.UpdateSandbox
 		err = alive(sb)
 	}
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	ext, ok := r.GetSandbox().GetExtensions()[updatedResources]
 	if !ok {
@@ -401,13 +400,13 @@ func (s *service) UpdateSandbox(ctx context.Context, r *sandboxapi.UpdateSandbox
 	}
 	var wanted struct{ Overhead, Resources *updatedSize }
 	if err := json.Unmarshal(ext.GetValue(), &wanted); err != nil {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("update sandbox %s: decode %s: %w: %w", r.SandboxID, updatedResources, err, errdefs.ErrInvalidArgument))
+		return nil, toGRPC(fmt.Errorf("update sandbox %s: decode %s: %w: %w", r.SandboxID, updatedResources, err, errdefs.ErrInvalidArgument))
 	}
 	if wanted.Resources == nil {
 		return &sandboxapi.UpdateSandboxResponse{}, nil
 	}
 	if err := s.resize(ctx, sb, wanted.Resources.limits(wanted.Overhead)); err != nil {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("update sandbox %s: %w", r.SandboxID, err))
+		return nil, toGRPC(fmt.Errorf("update sandbox %s: %w", r.SandboxID, err))
 	}
 	return &sandboxapi.UpdateSandboxResponse{}, nil
 }

@@ -24,7 +24,6 @@ import (
 	containerdshim "github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -187,7 +186,7 @@ func (s *service) guest() (*sandbox.Sandbox, error) {
 func (s *service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
 	c, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	_, status, exitedAt := p.snapshot()
 	resp := &taskapi.StateResponse{
@@ -214,10 +213,10 @@ func (s *service) State(ctx context.Context, r *taskapi.StateRequest) (*taskapi.
 func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if state, _, _ := c.init.snapshot(); state == statusStopped {
-		return nil, errgrpc.ToGRPC(fmt.Errorf("processes of container %s: it has ended: %w", c.id, errdefs.ErrFailedPrecondition))
+		return nil, toGRPC(fmt.Errorf("processes of container %s: it has ended: %w", c.id, errdefs.ErrFailedPrecondition))
 	}
 	return &taskapi.PidsResponse{Processes: []*task.ProcessInfo{{Pid: c.pid()}}}, nil
 }
@@ -235,10 +234,10 @@ func (s *service) Connect(ctx context.Context, r *taskapi.ConnectRequest) (*task
 func (s *service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
 	_, p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	if err := p.wait(ctx); err != nil {
-		return nil, errgrpc.ToGRPC(err)
+		return nil, toGRPC(err)
 	}
 	_, status, exitedAt := p.snapshot()
 	return &taskapi.WaitResponse{ExitStatus: status, ExitedAt: timestamppb.New(exitedAt)}, nil
@@ -247,7 +246,7 @@ func (s *service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.Wa
 // Checkpoint cannot be done: CRIU inside the guest would save state that only
 // this virtual machine can restore.
 func (s *service) Checkpoint(ctx context.Context, r *taskapi.CheckpointTaskRequest) (*emptypb.Empty, error) {
-	return nil, errgrpc.ToGRPC(fmt.Errorf("checkpoint container %s: not supported in a virtual machine: %w", r.ID, errdefs.ErrNotImplemented))
+	return nil, toGRPC(fmt.Errorf("checkpoint container %s: not supported in a virtual machine: %w", r.ID, errdefs.ErrNotImplemented))
 }
 
 // Shutdown ends the sandbox and the shim once no container is left. A container
