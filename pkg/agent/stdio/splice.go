@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -100,14 +101,59 @@ func spliceOut(pipe, conn syscall.RawConn) (n int64, err error) {
 	return n, err
 }
 
+// splice moves what it can without waiting for bytes, room or credit.
+//
+// Go's own system calls have its runtime look every 20 us whether they are done,
+// which goes on for a while after they are: under emulation that costs several
+// times what the call does. A raw one must not wait, but a pipe is locked while
+// the memory of whoever uses it is paged in, from a file that may be the host's
+// or a file system of the container's own. Our kernel tells then.
 func splice(from, to int) (n int64, err error) {
+	const flags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
 	for {
-		n, err = unix.Splice(from, nil, to, nil, spliceSize, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		err = unix.EBUSY
+		if canTryLock() {
+			n, err = rawSplice(from, to, flags|spliceTryLock)
+		}
+		if err == unix.EBUSY {
+			n, err = unix.Splice(from, nil, to, nil, spliceSize, flags)
+		}
 		if err != unix.EINTR {
 			return n, err
 		}
 	}
 }
+
+func rawSplice(from, to, flags int) (int64, error) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, spliceSize, uintptr(flags))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int64(n), nil
+}
+
+// spliceTryLock is SPLICE_F_TRYLOCK of the tuned kernel (guest/patches): EBUSY
+// if the pipe is locked.
+const spliceTryLock = 0x10
+
+// canTryLock reports whether the kernel knows spliceTryLock.
+var canTryLock = sync.OnceValue(func() bool {
+	var pipe [2]int
+	if unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return false
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	socket, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(socket[0])
+	defer unix.Close(socket[1])
+	// An empty pipe, or else a flag that no other kernel has.
+	_, err = rawSplice(pipe[0], socket[0], unix.SPLICE_F_NONBLOCK|spliceTryLock)
+	return err == unix.EAGAIN
+})
 
 // canSpliceOut reports whether the kernel sends many pages of a pipe in one
 // packet, as Linux does since 6.5 (net: splice_to_socket). Before that each page
@@ -128,12 +174,14 @@ func readable(fd int) bool { return ready(fd, unix.POLLIN) }
 // writable reports whether a write to fd would not have to wait.
 func writable(fd int) bool { return ready(fd, unix.POLLOUT) }
 
+// ready polls without waiting, hence by a raw system call (see splice).
 func ready(fd int, events int16) bool {
-	p := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	p := unix.PollFd{Fd: int32(fd), Events: events}
+	var now unix.Timespec
 	for {
-		n, err := unix.Poll(p, 0)
+		n, _, err := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
 		if err != unix.EINTR {
-			return err != nil || n > 0
+			return err != 0 || n > 0
 		}
 	}
 }
