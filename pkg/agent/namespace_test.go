@@ -113,7 +113,7 @@ func findProgram(t *testing.T, name string) string {
 }
 
 // applets are what the containers of the suite run.
-var applets = []string{"sh", "sleep", "echo", "cat", "true", "head", "tr", "wc", "ls", "tty", "stty", "hostname", "mkfifo", "grep", "nproc", "dd", "kill"}
+var applets = []string{"sh", "sleep", "echo", "cat", "true", "head", "tr", "wc", "ls", "tty", "stty", "hostname", "mkfifo", "grep", "nproc", "dd", "kill", "rm"}
 
 // makeRoot fills dir with what goes over this machine's own root.
 func makeRoot(dir, runtime, busybox string) error {

@@ -73,3 +73,29 @@ func testFileToOutput(t *testing.T, c *client) {
 		})
 	}
 }
+
+// testPipes has programs hand a file on through pipes of their own, in pieces that
+// fill many slots of one at once and others that end within a page. A pipe takes
+// what pipe(7) says and no more, however large the pieces are.
+func testPipes(t *testing.T, c *client) {
+	ctr := c.running(t)
+	const file = "/bin/busybox"
+	want, _ := ctr.output("sh", "-c", file+" sha256sum <"+file)
+	for _, size := range []string{"32k 32k", "1M 5000", "100001 3001", "36863 64k", "131072 4095", "64k 1M"} {
+		var write, read string
+		fmt.Sscan(size, &write, &read)
+		got, status := ctr.output("sh", "-c", fmt.Sprintf("dd if=%s bs=%s 2>/dev/null | dd bs=%s 2>/dev/null | %s sha256sum", file, write, read, file))
+		if got != want || status != 0 {
+			t.Errorf("sum of what dd bs=%s wrote and dd bs=%s read = %q, status %d; want %q", write, read, got, status, want)
+		}
+	}
+	// The writer ends while it waits for room.
+	for _, size := range []string{"4k", "32k", "1M"} {
+		got, status := ctr.output("sh", "-c", fmt.Sprintf(
+			"mkfifo /tmp/full; dd if=/dev/zero of=/tmp/full bs=%s & exec 3</tmp/full; sleep 1; kill -9 $!; wc -c <&3; rm /tmp/full", size))
+		var n int
+		if _, err := fmt.Sscan(got, &n); err != nil || n == 0 || n > 64<<10 || status != 0 {
+			t.Errorf("a pipe took %q in pieces of %s, status %d; want 65536", got, size, status)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -21,7 +22,8 @@ import (
 // that moves bytes over a vsock connection of its own with one whose stdio is
 // moved: "stream" by the agent alone, "client" all the way to a client's FIFO.
 // The metrics are medians in MB/s and what part of the bare connection's speed
-// the client gets.
+// the client gets: the median of the turns, since the speed of a busy machine is
+// another one in each.
 func BenchmarkStdio(b *testing.B) {
 	v := bootVM(b, vmSpec{kind: guest.Tuned, programs: map[string]string{"blast": buildBlast(b)}})
 	tr := &transfer{B: b, v: v, ctr: connect(b, v).running(b), size: 32 << 20}
@@ -29,11 +31,11 @@ func BenchmarkStdio(b *testing.B) {
 		name string
 		run  func(*transfer)
 	}{
-		{"out-vsock", (*transfer).receiveRaw},
 		{"out-stream", (*transfer).receiveStream},
+		{"out-vsock", (*transfer).receiveRaw},
 		{"out-client", (*transfer).receiveClient},
-		{"in-vsock", (*transfer).sendRaw},
 		{"in-stream", (*transfer).sendStream},
+		{"in-vsock", (*transfer).sendRaw},
 		{"in-client", (*transfer).sendClient},
 	}
 	wall, cpu := map[string][]time.Duration{}, map[string][]time.Duration{}
@@ -52,7 +54,12 @@ func BenchmarkStdio(b *testing.B) {
 		b.Logf("%-12s%8.0f MB/s%8.2f ms of the VMM a MiB", w.name, mbps, median(cpu[w.name]).Seconds()*1000/float64(tr.size>>20))
 	}
 	for _, dir := range []string{"out", "in"} {
-		b.ReportMetric(median(wall[dir+"-vsock"]).Seconds()/median(wall[dir+"-client"]).Seconds(), dir+"-client/vsock")
+		var parts []float64
+		for i, bare := range wall[dir+"-vsock"] {
+			parts = append(parts, bare.Seconds()/wall[dir+"-client"][i].Seconds())
+		}
+		slices.Sort(parts)
+		b.ReportMetric(parts[len(parts)/2], dir+"-client/vsock")
 	}
 }
 

@@ -36,6 +36,7 @@ func suite(t *testing.T, m machine) {
 		{"Echo20MiB", testEcho},
 		{"Pieces", testPieces},
 		{"FileToOutput", testFileToOutput},
+		{"Pipes", testPipes},
 		{"BurstThenDelete", testBurst},
 		{"Exec", testExec},
 		{"ExecErrors", testExecErrors},
