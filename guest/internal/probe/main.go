@@ -136,6 +136,7 @@ var attempts = map[string]func() error{
 	"timens":  func() error { return open("/proc/self/ns/time") },
 	"seccomp": func() error { return open("/proc/sys/kernel/seccomp/actions_avail") },
 	"bpf":     cgroupBPF,
+	"trylock": trylock,
 	"ipv6":    func() error { return open("/proc/net/if_inet6") },
 }
 
