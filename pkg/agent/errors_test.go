@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"io"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -16,12 +17,13 @@ func testExecErrors(t *testing.T, c *client) {
 		name string
 		args []string
 		edit func(*specs.Process)
-		want string
+		want string // a regular expression
 	}{
-		{"missing program", []string{"no-such-program"}, nil, "executable file not found in $PATH"},
+		{"missing program", []string{"no-such-program"}, nil, `executable file not found in \$PATH`},
 		{"missing path", []string{"/no/such/program"}, nil, `exec: "/no/such/program": stat /no/such/program: no such file or directory`},
 		{"not executable", []string{"/etc/passwd"}, nil, "permission denied"},
-		{"folder", []string{"/etc"}, nil, "is a directory"},
+		// The crun of Debian 12, which TestNamespace runs, does not tell folders apart.
+		{"folder", []string{"/etc"}, nil, `exec: "/etc": is a directory|exec: permission denied`},
 		{"bad cwd", []string{"true"}, func(p *specs.Process) { p.Cwd = "/no/such/cwd" }, "no such file or directory"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -33,7 +35,7 @@ func testExecErrors(t *testing.T, c *client) {
 			id := ctr.exec(streams{out: url}, tt.args, edit)
 			ctx := testContext(t)
 			_, err := c.task.Start(ctx, &taskapi.StartRequest{ID: ctr.id, ExecID: id})
-			if err == nil || !strings.Contains(err.Error(), tt.want) {
+			if err == nil || !regexp.MustCompile(tt.want).MatchString(err.Error()) {
 				t.Errorf("Start(%v) = %v; want %q", tt.args, err, tt.want)
 			}
 			if b, err := io.ReadAll(out); len(b) > 0 || err != nil {
