@@ -33,6 +33,9 @@ type machine interface {
 	dial(ctx context.Context, port uint32) (net.Conn, error)
 	// cgroups reports whether there are controllers to test.
 	cgroups() bool
+	// ownRuntime reports whether it is vmrt's crun that runs containers, not
+	// that of this machine.
+	ownRuntime() bool
 }
 
 // client is the host's side of an agent.

@@ -48,7 +48,8 @@ func run(m *testing.M) int {
 // OCI runtime, no hypervisor.
 type namespace struct{ dir string }
 
-func (namespace) cgroups() bool { return false }
+func (namespace) cgroups() bool    { return false }
+func (namespace) ownRuntime() bool { return false }
 
 func (n namespace) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	var d net.Dialer

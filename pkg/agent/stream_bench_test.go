@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,8 +57,7 @@ func BenchmarkStdio(b *testing.B) {
 		for i, bare := range wall[dir+"-vsock"] {
 			parts = append(parts, bare.Seconds()/wall[dir+"-client"][i].Seconds())
 		}
-		slices.Sort(parts)
-		b.ReportMetric(parts[len(parts)/2], dir+"-client/vsock")
+		b.ReportMetric(median(parts), dir+"-client/vsock")
 	}
 }
 

@@ -59,7 +59,8 @@ type virtual struct {
 	console   *console
 }
 
-func (*virtual) cgroups() bool { return true }
+func (*virtual) cgroups() bool    { return true }
+func (*virtual) ownRuntime() bool { return true }
 
 func (v *virtual) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return v.transport.Dial(ctx, port)

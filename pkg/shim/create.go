@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path"
 	"path/filepath"
 	"strings"
@@ -345,7 +344,7 @@ func (s *service) guestPlan(ctx context.Context, sb *sandbox.Sandbox, c *contain
 			// In runc's words, which clients know.
 			return nil, fmt.Errorf("OCI runtime create failed: error mounting %q to rootfs at %q: %w", b.Source, b.Destination, err)
 		}
-		if fi, err := os.Stat(b.Source); err == nil && fi.Mode()&(os.ModeSocket|os.ModeNamedPipe) != 0 {
+		if entry.Endpoint {
 			log.G(ctx).WithField("container", c.id).Warnf("mount %s at %s: a socket or FIFO in a virtual machine does not reach processes of the host", b.Source, b.Destination)
 		}
 		plan.SetSource(i, path.Join(api.GuestShare, entry.Share))

@@ -77,6 +77,8 @@ type Entry struct {
 	Host string
 	// Dir tells a folder from any other kind of file.
 	Dir bool
+	// Endpoint: it is a socket or FIFO, which joins processes of one kernel.
+	Endpoint bool
 	// PartlyReadOnly: it is read-only, and what is mounted below it, or may be
 	// later, is not. The guest sees all of it as one file system, so only the
 	// host's mounts can tell the two apart.
@@ -169,8 +171,8 @@ func (s *Share) AddBind(container, source string, o BindOptions) (Entry, error) 
 		}
 		n := strconv.Itoa(c.mounts)
 		c.mounts++
-		e, err = s.place(c, path.Join("mounts", n), t.dir, func(target string) error {
-			if err := s.attach(t, target); err != nil || !o.Memory || !t.dir {
+		e, err = s.place(c, path.Join("mounts", n), t.mode.IsDir(), func(target string) error {
+			if err := s.attach(t, target); err != nil || !o.Memory || !t.mode.IsDir() {
 				return err
 			}
 			if err := s.claims.add(target); err != nil {
@@ -181,6 +183,7 @@ func (s *Share) AddBind(container, source string, o BindOptions) (Entry, error) 
 		})
 		return err
 	})
+	e.Endpoint = t.mode&(os.ModeSocket|os.ModeNamedPipe) != 0
 	if err == nil && o.Recursive && o.ReadOnly && !o.ReadOnlyRecursive {
 		e.PartlyReadOnly = o.Slave
 		if !o.Slave {

@@ -344,14 +344,14 @@ func TestBindOtherKinds(t *testing.T) {
 	if err := os.Symlink(dir, link); err != nil {
 		t.Fatal(err)
 	}
-	if e := p.bind("web", fifo, BindOptions{ReadOnly: true}); e.Dir {
-		t.Errorf("AddBind(FIFO) = %+v; want no Dir", e)
+	if e := p.bind("web", fifo, BindOptions{ReadOnly: true}); e.Dir || !e.Endpoint {
+		t.Errorf("AddBind(FIFO) = %+v; want an Endpoint, no Dir", e)
 	}
 	if e := p.bind("web", link, BindOptions{}); !e.Dir {
 		t.Errorf("AddBind(link to a folder) = %+v; want Dir", e)
 	}
-	if e := p.bind("web", "/dev/null", BindOptions{}); e.Dir {
-		t.Errorf("AddBind(/dev/null) = %+v; want no Dir", e)
+	if e := p.bind("web", "/dev/null", BindOptions{}); e.Dir || e.Endpoint {
+		t.Errorf("AddBind(/dev/null) = %+v; want no Dir and no Endpoint", e)
 	} else if err := p.inside(func() error { _, err := os.ReadFile(e.Host); return err }); !errors.Is(err, os.ErrPermission) {
 		t.Errorf("open of a device in the share = %v; want it refused", err)
 	}

@@ -41,7 +41,7 @@ type BindOptions struct {
 // tree is a detached copy of a mount of the host, or of a part of it.
 type tree struct {
 	fd      int
-	dir     bool
+	mode    os.FileMode
 	options BindOptions
 	// unset says that the options do not hold yet, for want of
 	// mount_setattr(2). Until then the copy is a peer of the host's mounts:
@@ -65,7 +65,7 @@ func openTree(path string, o BindOptions, legacy bool) (*tree, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open_tree", Path: path, Err: err}
 	}
-	t := &tree{fd: fd, dir: fi.IsDir(), options: o, unset: legacy}
+	t := &tree{fd: fd, mode: fi.Mode(), options: o, unset: legacy}
 	if !legacy {
 		err = o.set(fd)
 		t.unset = errors.Is(err, unix.ENOSYS)
@@ -91,7 +91,7 @@ func (s *Share) attach(t *tree, target string) error {
 		return t.move(target)
 	}
 	stage := s.stage("file")
-	if t.dir {
+	if t.mode.IsDir() {
 		stage = s.stage("dir")
 	}
 	if err := t.move(stage); err != nil {
