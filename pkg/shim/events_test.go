@@ -29,12 +29,17 @@ import (
 // let to.
 type published struct {
 	release chan struct{}
+	called  chan struct{} // gets a value when there is a first event
 
 	mu     sync.Mutex
 	topics []string
 }
 
 func (p *published) Publish(_ context.Context, topic string, _ events.Event) error {
+	select {
+	case p.called <- struct{}{}:
+	default:
+	}
 	<-p.release
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -46,7 +51,7 @@ func (p *published) Publish(_ context.Context, topic string, _ events.Event) err
 // guest was told of both.
 func guestService(t *testing.T) (*service, *container, *published) {
 	t.Helper()
-	p := &published{release: make(chan struct{})}
+	p := &published{release: make(chan struct{}), called: make(chan struct{}, 1)}
 	s := &service{ctx: t.Context(), namespace: "test", events: newEventQueue(t.Context(), p), containers: map[string]*container{}}
 	c := &container{
 		id: "c", spec: &specs.Spec{}, execs: map[string]*process{}, lastPid: 42,
@@ -178,6 +183,11 @@ func TestGuestRepeatsExitOfLogged(t *testing.T) {
 	defer cancel()
 	if err := c.init.wait(ctx); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case <-p.called: // who waits is told first
+	case <-ctx.Done():
+		t.Fatal("the exit is not published")
 	}
 	if diff := cmp.Diff([]string{"/tasks/exit"}, p.all(t, s)); diff != "" {
 		t.Errorf("published events (-want +got):\n%s", diff)
