@@ -294,7 +294,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 		}
 	})
 	if _, err := sb.Agent().WriteBundle(ctx, &api.WriteBundleRequest{Id: c.id, Config: config}); err != nil {
-		return fmt.Errorf("write bundle of container %s: %w", c.id, errgrpc.ToNative(err))
+		return fmt.Errorf("write bundle of container %s: %w", c.id, s.guestError(sb, err))
 	}
 	names, err := s.attach(ctx, sb, io)
 	if err != nil {
@@ -322,7 +322,7 @@ func (s *service) createInGuest(ctx context.Context, sb *sandbox.Sandbox, c *con
 func (s *service) guestPlan(ctx context.Context, sb *sandbox.Sandbox, c *container) (*guestspec.Plan, error) {
 	devices, err := sb.Agent().Devices(ctx, &api.Empty{})
 	if err != nil {
-		return nil, fmt.Errorf("list guest devices: %w", errgrpc.ToNative(err))
+		return nil, fmt.Errorf("list guest devices: %w", s.guestError(sb, err))
 	}
 	plan, err := s.rewrite(c, devices.GetDevices())
 	if err != nil {
